@@ -1,0 +1,176 @@
+"""The run directory: who may write into it, and which attempt this is.
+
+    runs/<name>/  config.toml  attempt  logs/  completions/  checkpoints/  latest
+
+`config.toml` holds the resolved settings; together with `attempt`, which counts how often the run was started and is
+locked while it runs, it makes a folder a run directory. Nothing is ever deleted from a folder that lacks either.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from rlloop.config import RunSettings
+from rlloop.errors import RunDirectoryError
+
+CONFIG = "config.toml"
+ATTEMPT = "attempt"
+FIXED = ("model", "env", "env_args", "seed", "group_size", "lora.rank", "lora.alpha", "lora.targets")
+"""Settings that a resumed run must share with its checkpoints."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """A run directory that this process has to itself, until `close` or the process ends. A context manager."""
+
+    path: Path
+    attempt: int
+    """1 for the first start; every --resume adds one. What a later attempt logs of a step supersedes earlier ones."""
+    config_sha256: str
+    """Of config.toml."""
+    _lock: IO[str]
+
+    @property
+    def logs(self) -> Path:
+        """Folder of log files."""
+        return self.path / "logs"
+
+    @property
+    def completions(self) -> Path:
+        """Folder of what the policy wrote, one file per step."""
+        return self.path / "completions"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints; see `rlloop.checkpoint`."""
+        return self.path / "checkpoints"
+
+    def close(self) -> None:
+        """Let others use the directory."""
+        self._lock.close()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_run_directory(settings: RunSettings) -> RunDirectory:
+    """Create `settings.run_dir`; with `overwrite` empty it first, with `resume` go on in it.
+
+    A run that was started but has no checkpoint yet can be resumed: it begins anew, as its next attempt.
+
+    Raises RunDirectoryError if the directory is used and neither flag is given, if it is no run directory, if it holds
+    nothing to resume, if a setting of `FIXED` differs from that of the run to resume, or if another run is using it.
+    """
+    path = settings.run_dir
+    _check(path, settings)  # before anything is written
+    path.mkdir(parents=True, exist_ok=True)
+    lock = _lock(path)
+    try:
+        _check(path, settings)  # another run may have come first
+        if settings.overwrite:
+            _empty(path)
+        if settings.resume:
+            _check_fixed(path, settings)
+        attempt = int(lock.read() or 0) + 1 if settings.resume else 1
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"{attempt}\n")
+        lock.flush()
+        config = settings.model_copy(update={"resume": False, "overwrite": False}).to_toml().encode()
+        _replace(path / CONFIG, config)
+        run_directory = RunDirectory(path, attempt, hashlib.sha256(config).hexdigest(), lock)
+        for folder in (run_directory.logs, run_directory.completions, run_directory.checkpoints):
+            folder.mkdir(exist_ok=True)
+    except BaseException:
+        lock.close()
+        raise
+    return run_directory
+
+
+def _check(path: Path, settings: RunSettings) -> None:
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"--run-dir {path} is not a directory")
+    content = set(os.listdir(path)) if path.exists() else set()
+    started = content >= {CONFIG, ATTEMPT}
+    if content - {ATTEMPT} and not started:
+        raise RunDirectoryError(
+            f"--run-dir {path} holds files but is no run directory (it lacks {CONFIG} or {ATTEMPT}): choose another one"
+        )
+    if settings.resume and not started:
+        state = "is empty" if path.exists() else "does not exist"
+        raise RunDirectoryError(f"--resume: --run-dir {path} {state}, so there is nothing to resume; start it without")
+    if started and not settings.resume and not settings.overwrite:
+        raise RunDirectoryError(
+            f"--run-dir {path} holds a run already: --resume continues it, --overwrite deletes it and starts anew, "
+            "or choose another --run-dir"
+        )
+
+
+def _lock(path: Path) -> IO[str]:
+    file = (path / ATTEMPT).open("a+")
+    file.seek(0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RunDirectoryError(
+            f"--run-dir {path} is in use by another run: wait for its end, or choose another one"
+        ) from None
+    return file
+
+
+def _empty(path: Path) -> None:
+    # config.toml goes last: a directory that was emptied in part can be overwritten again.
+    for entry in sorted(path.iterdir(), key=lambda entry: entry.name == CONFIG):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != ATTEMPT:
+            entry.unlink()
+
+
+def _check_fixed(path: Path, settings: RunSettings) -> None:
+    try:
+        before = tomllib.loads((path / CONFIG).read_text())
+    except ValueError as error:
+        raise RunDirectoryError(f"{path / CONFIG} cannot be read, so the run cannot be resumed: {error}") from error
+    now = tomllib.loads(settings.to_toml())
+    changes = [
+        f"--{name.replace('_', '-')} was {_get(before, name)!r} and is {_get(now, name)!r}"
+        for name in FIXED
+        if _get(before, name) != _get(now, name)
+    ]
+    if changes:
+        raise RunDirectoryError(
+            f"cannot resume {path} with other settings: {'; '.join(changes)}. Use those that the run began with, "
+            "or start a new run with another --run-dir"
+        )
+
+
+def _get(config: dict[str, Any], name: str) -> Any:
+    """The setting with a dotted name, None if it is not there."""
+    value: Any = config
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,233 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlloop.errors import RunDirectoryError
+from rlloop.ledger import Ledger, fingerprint
+
+
+def take(ledger: Ledger, number: int) -> list[int]:
+    return [ledger.next()[0] for _ in range(number)]
+
+
+def reload(ledger: Ledger) -> Ledger:
+    state = json.loads(json.dumps(ledger.state()))
+    return Ledger.restore(state, ledger.num_tasks, ledger.seed, ledger.fingerprint)
+
+
+def test_each_epoch_is_a_permutation_of_its_own():
+    ledger = Ledger(50, seed=3, fingerprint="f")
+    prompts = [ledger.next() for _ in range(150)]
+    epochs = [[index for _, index, _ in prompts[start : start + 50]] for start in (0, 50, 100)]
+    assert [ordinal for ordinal, _, _ in prompts] == list(range(150))
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != list(range(50))
+    assert len({seed for _, _, seed in prompts}) == 150
+    assert all(0 <= seed < 2**31 for _, _, seed in prompts)
+
+
+def test_order_and_seeds_are_fixed_by_the_run_seed():
+    def prompts(seed: int) -> list[tuple[int, int, int]]:
+        ledger = Ledger(20, seed, "f")
+        return [ledger.next() for _ in range(45)]
+
+    assert prompts(0) == prompts(0)
+    assert prompts(0) != prompts(1)
+    # Literal values: they must not change between releases, or a resumed run would see other prompts.
+    assert prompts(0)[:3] == [(0, 11, 803885222), (1, 3, 328134176), (2, 13, 1669331788)]
+
+
+def test_resume_admits_what_was_in_flight_again_and_in_order():
+    ledger = Ledger(10, 0, "f")
+    first = [ledger.next() for _ in range(8)]
+    ledger.trained([1, 4], step=1)
+    ledger.dropped(0, "stale")
+    assert (ledger.low_water, ledger.state()["done"]) == (2, [4])
+
+    resumed = reload(ledger)
+    assert resumed.num_in_flight == 0
+    assert [resumed.next() for _ in range(5)] == [first[2], first[3], first[5], first[6], first[7]]
+    assert resumed.counts == {"trained": 2, "stale": 1, "failed": 0, "filtered": 0, "too_long": 0}
+
+
+def test_memory_is_bounded_by_what_is_in_flight():
+    ledger = Ledger(1000, 0, "f")
+    pending = take(ledger, 16)
+    for step in range(1, 2000):
+        pending += take(ledger, 1)
+        ledger.trained([pending.pop(step % 8)], step)
+        assert len(ledger.state()["done"]) <= 200
+    assert ledger.num_in_flight == 16
+
+
+def test_illegal_transitions_raise_and_change_nothing():
+    ledger = Ledger(10, 0, "f")
+    take(ledger, 4)
+    ledger.trained([0], step=2)
+    ledger.dropped(1, "failed")
+    before = ledger.state()
+    with pytest.raises(ValueError, match=r"prompts \[0\] .* not in flight"):
+        ledger.trained([2, 0], step=3)
+    with pytest.raises(ValueError, match=r"prompts \[1\] cannot become stale"):
+        ledger.dropped(1, "stale")
+    with pytest.raises(ValueError, match=r"prompts \[9\]"):
+        ledger.trained([9], step=3)
+    with pytest.raises(ValueError, match="trains a prompt twice"):
+        ledger.trained([2, 2], step=3)
+    with pytest.raises(ValueError, match="step 1 is recorded after step 2"):
+        ledger.trained([2], step=1)
+    with pytest.raises(ValueError, match="not 'bored'"):
+        ledger.dropped(2, "bored")  # type: ignore[arg-type]
+    assert (ledger.state(), ledger.num_in_flight) == (before, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "--seed was 0 and is 1"),
+        ({"num_tasks": 11}, "the number of tasks was 10 and is 11"),
+        ({"fingerprint": "g"}, "the fingerprint of the tasks was f and is g"),
+    ],
+)
+def test_restore_refuses_other_prompts(change, message):
+    state = Ledger(10, 0, "f").state()
+    with pytest.raises(RunDirectoryError, match=f"{message}.*new run with another --run-dir"):
+        Ledger.restore(state, **({"num_tasks": 10, "seed": 0, "fingerprint": "f"} | change))
+
+
+@dataclass
+class Task:
+    question: str
+    tags: set[str] = field(default_factory=lambda: {"a", "b", "c", "d"})
+
+
+class Plain:
+    def __init__(self, answer: int) -> None:
+        self.answer = answer
+
+
+def sample_fingerprint(question: str = "1 + 1", answer: int = 2, last: float = 2.0) -> str:
+    tasks = [
+        {"question": question, "answer": 2},
+        Task("?"),
+        Plain(answer),
+        np.array([1.0, last]),
+        {(1, 2): None},
+        object(),
+        print,
+    ]
+    return fingerprint("env", {"level": 1}, 100, tasks)
+
+
+def test_fingerprint_sees_every_change_of_a_task():
+    prints = {
+        sample_fingerprint(),
+        sample_fingerprint(question="1 + 2"),
+        sample_fingerprint(answer=3),
+        sample_fingerprint(last=2.5),
+        fingerprint("env", {"level": 2}, 100, []),
+        fingerprint("env", {"level": 1}, 101, []),
+        fingerprint("other", {"level": 1}, 100, []),
+    }
+    assert len(prints) == 7
+    assert all(len(text) == 64 for text in prints)
+
+
+def test_fingerprint_is_equal_in_every_process():
+    code = (
+        "import importlib.util as u, sys; s = u.spec_from_file_location('m', sys.argv[1]); m = u.module_from_spec(s);"
+        "sys.modules['m'] = m; s.loader.exec_module(m); print(m.sample_fingerprint())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, __file__],
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == sample_fingerprint()
+
+
+class SimulatedRun:
+    """Rollouts end in any order; training, checkpoints, kills. `log` is what the surviving weights have seen."""
+
+    num_tasks, groups_per_step, num_slots, every, num_epochs = 7, 2, 6, 2, 2
+
+    def __init__(self, data: st.DataObject) -> None:
+        self.data = data
+        self.disk: dict[int, tuple[str, int]] = {}  # step -> (ledger state, length of the log): the folders
+        self.log: list[tuple[int, str]] = []
+        self.kills = 0
+        self.resume()
+
+    def choose(self, *options: str) -> str:
+        return self.data.draw(st.sampled_from(options))
+
+    def resume(self) -> None:
+        self.step = max(self.disk, default=0)
+        if self.step:
+            state, length = self.disk[self.step]
+            self.ledger = Ledger.restore(json.loads(state), self.num_tasks, 5, "f")
+        else:
+            self.ledger, length = Ledger(self.num_tasks, 5, "f"), 0
+        del self.log[length:]
+        self.running: list[int] = []
+        self.finished: list[int] = []
+
+    def killed(self) -> bool:
+        """Whether the run is killed here; twice in a row too."""
+        if self.kills >= 4 or self.choose("on", "on", "on", "kill") == "on":
+            return False
+        self.kills += 1
+        self.resume()
+        return True
+
+    def run(self) -> None:
+        while self.ledger.low_water < self.num_tasks * self.num_epochs:
+            while len(self.running) + len(self.finished) < self.num_slots:
+                self.running.append(self.ledger.next()[0])
+            ordinal = self.running.pop(self.data.draw(st.integers(0, len(self.running) - 1)))
+            what = self.choose("finished", "finished", "finished", "stale", "failed", "filtered", "too_long")
+            if what == "finished":
+                self.finished.append(ordinal)
+            else:
+                self.ledger.dropped(ordinal, what)  # type: ignore[arg-type]
+                self.log.append((ordinal, what))
+            if len(self.finished) >= self.groups_per_step and not self.killed():
+                self.train()
+
+    def train(self) -> None:
+        batch = [self.finished.pop(0) for _ in range(self.groups_per_step)]
+        self.log += [(ordinal, "trained") for ordinal in batch]
+        self.step += 1
+        if self.killed():  # the weights have moved, the ledger has not heard of it
+            return
+        self.ledger.trained(batch, self.step)
+        if self.step % self.every == 0 and not self.killed():
+            self.disk[self.step] = json.dumps(self.ledger.state()), len(self.log)
+            self.killed()  # between the folder's rename and `latest`: the folder counts
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_no_prompt_is_lost_or_trained_twice(data):
+    run = SimulatedRun(data)
+    run.run()
+
+    low_water = run.num_tasks * run.num_epochs
+    done = [ordinal for ordinal, _ in run.log]
+    assert len(done) == len(set(done))
+    assert set(range(low_water)) <= set(done)
+    for what, number in run.ledger.counts.items():
+        assert number == sum(1 for _, reason in run.log if reason == what)
+    whole = Ledger(run.num_tasks, 5, "f")
+    indices = [whole.next()[1] for _ in range(low_water)]
+    for start in range(0, low_water, run.num_tasks):
+        assert sorted(indices[start : start + run.num_tasks]) == list(range(run.num_tasks))

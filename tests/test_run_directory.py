@@ -1,0 +1,140 @@
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlloop.config import RunSettings, parse
+from rlloop.errors import RunDirectoryError
+from rlloop.run_directory import RunDirectory, open_run_directory
+
+
+def settings(path: Path, **changes: Any) -> RunSettings:
+    return RunSettings.model_validate({"run_dir": path / "run", **changes})
+
+
+def start(path: Path, **changes: Any) -> RunDirectory:
+    with open_run_directory(settings(path, **changes)) as run_directory:
+        return run_directory
+
+
+def test_a_new_directory(tmp_path):
+    run = start(tmp_path, seed=3)
+    assert run.attempt == 1
+    assert sorted(entry.name for entry in run.path.iterdir()) == [
+        "attempt", "checkpoints", "completions", "config.toml", "logs",
+    ]  # fmt: skip
+    again, _ = parse(RunSettings, ["--config", str(run.path / "config.toml")], "rlloop")
+    assert again == settings(tmp_path, seed=3)
+    assert run.config_sha256 == hashlib.sha256((run.path / "config.toml").read_bytes()).hexdigest()
+
+
+def test_an_existing_empty_directory_can_be_used(tmp_path):
+    (tmp_path / "run").mkdir()
+    assert start(tmp_path).attempt == 1
+
+
+def test_a_used_directory_is_refused(tmp_path):
+    start(tmp_path)
+    with pytest.raises(RunDirectoryError, match="holds a run already: --resume continues it, --overwrite deletes it"):
+        start(tmp_path)
+
+
+def test_resume_counts_attempts_and_keeps_what_is_there(tmp_path):
+    run = start(tmp_path, num_steps=5)
+    (run.checkpoints / "file").touch()
+    assert start(tmp_path, resume=True, num_steps=9).attempt == 2
+    assert start(tmp_path, resume=True, num_steps=9).attempt == 3
+    assert (run.checkpoints / "file").exists()
+    config = (run.path / "config.toml").read_text()
+    assert "num_steps = 9" in config
+    assert "resume = false" in config
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(RunDirectoryError, match="run does not exist, so there is nothing to resume"):
+        start(tmp_path, resume=True)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(RunDirectoryError, match="run is empty, so there is nothing to resume"):
+        start(tmp_path, resume=True)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_resume_with_other_settings_names_each_flag_and_both_values(tmp_path):
+    start(tmp_path, env_args={"level": 1}, lora={"rank": 8})
+    with pytest.raises(RunDirectoryError) as caught:
+        start(tmp_path, resume=True, env_args={"level": 2}, lora={"rank": 16, "targets": ["q_proj"]}, optim={"lr": 1.0})
+    message = str(caught.value)
+    assert "--env-args was {'level': 1} and is {'level': 2}" in message
+    assert "--lora.rank was 8 and is 16" in message
+    assert "--lora.targets was ['q_proj', " in message
+    assert "--optim" not in message
+    assert "attempt" not in message
+    assert start(tmp_path, resume=True, env_args={"level": 1}, lora={"rank": 8}).attempt == 2
+
+
+@pytest.mark.parametrize("setting", ["model", "env", "seed", "group_size"])
+def test_each_fixed_setting(tmp_path, setting):
+    start(tmp_path)
+    changed = {setting: "other" if setting in ("model", "env") else 4}
+    with pytest.raises(RunDirectoryError, match=f"--{setting.replace('_', '-')} was .* and is '?{changed[setting]}'?"):
+        start(tmp_path, resume=True, **changed)
+
+
+def test_resume_with_an_unreadable_config(tmp_path):
+    run = start(tmp_path)
+    (run.path / "config.toml").write_text("seed = ")
+    with pytest.raises(RunDirectoryError, match=r"config\.toml cannot be read, so the run cannot be resumed"):
+        start(tmp_path, resume=True)
+
+
+def test_overwrite_starts_anew(tmp_path):
+    run = start(tmp_path, lora={"rank": 8})
+    start(tmp_path, resume=True, lora={"rank": 8})
+    (run.checkpoints / "step_000001").mkdir()
+    (run.path / "metrics.jsonl").touch()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").touch()
+    (run.path / "latest").symlink_to(outside)
+    run = start(tmp_path, overwrite=True)
+    assert run.attempt == 1
+    assert not list(run.checkpoints.iterdir())
+    assert sorted(entry.name for entry in run.path.iterdir() if entry.is_file()) == ["attempt", "config.toml"]
+    assert (outside / "file").exists()
+
+
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}])
+@pytest.mark.parametrize("file", ["thesis.tex", "config.toml"])
+def test_a_folder_of_something_else_is_never_touched(tmp_path, flags, file):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / file).write_text("mine")
+    with pytest.raises(RunDirectoryError, match="holds files but is no run directory"):
+        start(tmp_path, **flags)
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == [file]
+
+
+def test_a_file_is_no_directory(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(RunDirectoryError, match="is not a directory"):
+        start(tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["resume", "overwrite"])
+def test_two_runs_cannot_use_one_directory(tmp_path, flag):
+    code = (
+        "import sys; from pathlib import Path; from rlloop.config import RunSettings;"
+        "from rlloop.run_directory import open_run_directory as start;"
+        "run = start(RunSettings(run_dir=Path(sys.argv[1]))); print('started', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "started\n"
+        with pytest.raises(RunDirectoryError, match="in use by another run"):
+            start(tmp_path, **{flag: True})
+        other.kill()
+    assert start(tmp_path, **{flag: True}).attempt == (2 if flag == "resume" else 1)
