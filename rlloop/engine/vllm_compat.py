@@ -1,0 +1,61 @@
+"""All that differs between the vLLM versions that rlloop supports, 0.26 to 0.32. Imports vLLM only when called."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+def rename_mapper(model: Any) -> Any:
+    """vLLM's renames of Hugging Face names, without its stacking of q, k, v into one key.
+
+    With the unreduced mapper the three fall on one key, nothing is packed, and `set_lora` ends in an IndexError. The
+    reduced one is `get_unstacked_mapper()` in 0.26 and `get_rename_mapper()` in 0.32.
+    """
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    for name in ("get_rename_mapper", "get_unstacked_mapper"):
+        if hasattr(mapper, name):
+            return getattr(mapper, name)()
+    if getattr(mapper, "orig_to_new_stacked", None):
+        raise NotImplementedError("this vLLM's WeightsMapper has neither get_rename_mapper nor get_unstacked_mapper")
+    return mapper
+
+
+@dataclass
+class Load:
+    """What vLLM's statistics say, kept up to date by `load_recorder`."""
+
+    num_generated_tokens: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    longest_gap_seconds: float = 0.0
+    last_iteration: float = 0.0
+    """time.monotonic() of the newest engine step that was seen."""
+
+
+def load_recorder(load: Load) -> Callable[..., Any]:
+    """A stat logger factory that writes into `load`. vLLM does not promise the fields that it reads to be stable."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class Recorder(StatLoggerBase):
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            pass
+
+        def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
+            if scheduler_stats is not None:
+                load.num_running = scheduler_stats.num_running_reqs
+                load.num_waiting = scheduler_stats.num_waiting_reqs
+                load.kv_cache_usage = scheduler_stats.kv_cache_usage
+            if iteration_stats is not None:
+                load.num_generated_tokens += iteration_stats.num_generation_tokens
+                gaps = iteration_stats.inter_token_latencies_iter
+                load.longest_gap_seconds = max(load.longest_gap_seconds, max(gaps, default=0.0))
+                load.last_iteration = time.monotonic()
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return Recorder

@@ -1,0 +1,196 @@
+"""The training loop: sampling, scoring and learning overlap; staleness is bounded.
+
+    prompts ─▶ admit ─▶ sample + score (a task per group) ─▶ finished ─▶ update ─▶ refit
+                 ▲                                                                   │
+                 └───────────── a slot per group comes back after the refit ◀────────┘
+
+Version v is the policy after v updates: step v + 1 trains on version v and makes version v + 1. At most
+`groups_per_step * (max_staleness + 1)` groups are between admission and refit, so in steady state a group is trained at most
+`max_staleness` versions after it was sampled; `rlloop.staleness` says what happens to stragglers. `max_staleness = 0` is the
+synchronous loop.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from math import inf
+from time import monotonic
+from typing import Any, Protocol
+
+from anyio import CancelScope, Semaphore, create_memory_object_stream, create_task_group
+from anyio.abc import TaskGroup
+
+from rlloop.environment import PromptTooLong
+from rlloop.errors import BadEnvironmentError
+from rlloop.ledger import DropReason, Ledger
+from rlloop.refit.publisher import Refit
+from rlloop.staleness import Backlog
+from rlloop.types import Group, Metrics, Prompt, RefitReport
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one turn of the loop did."""
+
+    number: int
+    """From 1; also the policy version that it made."""
+    groups: list[Group]
+    metrics: Metrics
+    """What the update returned."""
+    wait_seconds: float
+    """For rollouts."""
+    update_seconds: float
+    refit: RefitReport
+
+
+class Stages(Protocol):
+    """What the loop calls. Each may raise; the first error cancels all others and ends the loop."""
+
+    async def sample(self, prompt: Prompt, version: int) -> Group:
+        """Roll out and score one group. Raises PromptTooLong when the prompt leaves no room for an answer."""
+        ...
+
+    def task(self, index: int) -> Any:
+        """The environment's task."""
+        ...
+
+    async def update(self, groups: list[Group]) -> Metrics:
+        """Train on the groups of one step. Its last await is the optimizer step: a cancelled update has made none."""
+        ...
+
+    async def finish_step(self, step: Step) -> None:
+        """Log it, save it."""
+        ...
+
+
+class Loop:
+    """Runs the updates up to `num_steps`; the first `first_step` of them are done already, by the run that is resumed.
+
+    The refit must have published version `first_step`.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        refit: Refit,
+        ledger: Ledger,
+        backlog: Backlog,
+        *,
+        groups_per_step: int,
+        num_slots: int,
+        num_steps: int,
+        min_group_size: int = 1,
+        first_step: int = 0,
+    ) -> None:
+        self._stages = stages
+        self._refit = refit
+        self._ledger = ledger
+        self._backlog = backlog
+        self._groups_per_step = groups_per_step
+        self._num_slots = num_slots
+        self._num_steps = num_steps
+        self._min_group_size = min_group_size
+        self.version = first_step
+        """Updates that the weights have seen."""
+        self._scopes: defaultdict[int, set[CancelScope]] = defaultdict(set)
+        self._failed_in_a_row = 0
+        self.num_in_flight = 0
+        """Groups that are being sampled or scored."""
+        self.dropped: Counter[str] = Counter()
+        """Groups by the reason for which they were not trained."""
+        self.failures: Counter[str] = Counter()
+        """Failed rollouts, by kind."""
+
+    async def run(self) -> None:
+        """Return after the last update, or raise the first error of any stage."""
+        slots = Semaphore(self._num_slots)
+        self._send, self._finished = create_memory_object_stream[Group](inf)
+
+        async def admit() -> None:
+            for _ in range((self._num_steps - self.version) * self._groups_per_step):
+                await slots.acquire()
+                tasks.start_soon(self._fill_slot)
+
+        async with self._send, self._finished, create_task_group() as tasks:
+            tasks.start_soon(admit)
+            while self.version < self._num_steps:
+                started = monotonic()
+                groups = await self._next_batch(tasks)
+                received = monotonic()
+                metrics = await self._stages.update(groups)
+                self.version += 1
+                self._ledger.trained([group.prompt.ordinal for group in groups], self.version)
+                updated = monotonic()
+                report = await self._refit.publish(self.version)
+                self._cancel_stale()
+                for _ in groups:
+                    slots.release()
+                step = Step(self.version, groups, metrics, received - started, updated - received, report)
+                await self._stages.finish_step(step)
+
+    async def _next_batch(self, tasks: TaskGroup) -> list[Group]:
+        """Wait for the groups of the next update; replace those that have become too old."""
+        while True:
+            for group in self._backlog.take_stale(self.version):
+                self._drop(group.prompt.ordinal, "stale")
+                tasks.start_soon(self._fill_slot)
+            if groups := self._backlog.take_batch(self.version):
+                return groups
+            self._backlog.finish(await self._finished.receive())
+
+    async def _fill_slot(self) -> None:
+        """Hold a slot until one group is ready to be trained; one that cannot be is counted and replaced."""
+        while (group := await self._sample_next()) is None:
+            pass
+        await self._send.send(group)
+
+    async def _sample_next(self) -> Group | None:
+        ordinal, index, seed = self._ledger.next()
+        prompt = Prompt(ordinal, index, seed, self._stages.task(index))
+        with self._refit.lease() as version, CancelScope() as scope:
+            self._backlog.start(version)
+            self._scopes[version].add(scope)
+            self.num_in_flight += 1
+            group = None
+            reason: DropReason | None = "stale"  # if the scope is cancelled
+            try:
+                group = await self._stages.sample(prompt, version)
+                self.failures.update(failure.kind for failure in group.failures)
+                reason = "failed" if len(group.rollouts) < self._min_group_size else None
+            except PromptTooLong:
+                reason = "too_long"
+            finally:
+                self.num_in_flight -= 1
+                self._scopes[version].discard(scope)
+        if reason is None:
+            self._failed_in_a_row = 0
+            return group
+        self._backlog.abandon(version)
+        self._drop(ordinal, reason)
+        if reason != "stale":
+            self._stop_if_all_fail(group)
+        return None
+
+    def _drop(self, ordinal: int, reason: DropReason) -> None:
+        self._ledger.dropped(ordinal, reason)
+        self.dropped[reason] += 1
+
+    def _cancel_stale(self) -> None:
+        """Groups that are too old before they are finished need not be finished."""
+        for old in [v for v in self._scopes if self.version - v > self._backlog.limit]:
+            for scope in self._scopes.pop(old):
+                scope.cancel()
+
+    def _stop_if_all_fail(self, group: Group | None) -> None:
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row < 3 * self._groups_per_step:
+            return
+        if group is None:
+            raise BadEnvironmentError(
+                f"{self._failed_in_a_row} prompts in a row left no room for an answer: raise --engine.max-model-len"
+            )
+        last = group.failures[-1]
+        raise BadEnvironmentError(
+            f"{self._failed_in_a_row} groups in a row failed; the last {last.stage} ended with {last.kind}: {last.message}"
+        )

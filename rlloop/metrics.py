@@ -1,0 +1,139 @@
+"""The documented metrics of one step, from what the loop, the engine and the update report."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from rlloop.engine import Engine
+from rlloop.ledger import Ledger
+from rlloop.loop import Loop, Step
+from rlloop.types import Group, Metrics
+
+
+class StepMetrics:
+    """Differences between one step's end and the next; made when the loop begins."""
+
+    def __init__(self, loop: Loop, ledger: Ledger, engine: Engine) -> None:
+        self._loop = loop
+        self._ledger = ledger
+        self._engine = engine
+        self._totals: defaultdict[str, float] = defaultdict(float)
+        self._before: dict[str, float] = {}
+        self._checkpoint_seconds = 0.0
+        self._change_since_last()
+
+    @contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        """Time a checkpoint, if the block writes one."""
+        started = monotonic()
+        yield
+        self._checkpoint_seconds = monotonic() - started
+
+    def of(self, step: Step) -> Metrics:
+        """All metrics of a step that has just ended."""
+        change = self._change_since_last()
+        seconds = change["clock"]
+        engine_busy, trainer_busy = change["engine"] / seconds, step.update_seconds / seconds
+        statistics = self._engine.statistics()
+        self._engine.reset_longest_gap()
+        self._totals["trained"] += step.metrics.get("progress/tokens_trained", 0.0)
+        served = statistics.first_token_seconds.get(step.number - 1, statistics.first_token_seconds.get(step.number))
+        return {
+            **_reward_metrics(step.groups),
+            **_completion_metrics(step.groups),
+            **step.metrics,
+            **self._staleness(step),
+            "async/in_flight": float(self._loop.num_in_flight),
+            "async/dropped_groups": change["dropped"],
+            "async/dropped_stale": change["stale"],
+            "async/dropped_failed": change["failed"],
+            "rollout/errors": change["errors"],
+            "rollout/timeouts": change["timeouts"],
+            "time/step": seconds,
+            "time/wait_rollouts": step.wait_seconds,
+            "time/refit": step.refit.publish_seconds,
+            "time/refit_stall": step.refit.stall_seconds,
+            "time/checkpoint": self._checkpoint_seconds,
+            "time/trainer_idle_frac": 1.0 - min(1.0, trainer_busy),
+            "time/engine_idle_frac": 1.0 - min(1.0, engine_busy),
+            "refit/export_seconds": step.refit.export_seconds,
+            "refit/transfer_seconds": step.refit.transfer_seconds,
+            "refit/load_seconds": step.refit.load_seconds,
+            "refit/verify_seconds": step.refit.verify_seconds,
+            "refit/first_token_seconds": float("nan") if served is None else served,
+            "refit/longest_gap_seconds": statistics.longest_gap_seconds,
+            "perf/overlap_efficiency": min(1.0, max(engine_busy, trainer_busy)),
+            "perf/gen_tokens_per_second": change["generated"] / seconds,
+            "progress/tokens_sampled": float(statistics.num_generated_tokens),
+            "progress/tokens_trained": self._totals["trained"],
+            "progress/prompts": float(self._ledger.counts["trained"]),
+            "progress/epoch": self._ledger.low_water / self._ledger.num_tasks,
+        }
+
+    def _change_since_last(self) -> dict[str, float]:
+        statistics = self._engine.statistics()
+        now = {
+            "clock": monotonic(),
+            "engine": statistics.busy_seconds,
+            "generated": float(statistics.num_generated_tokens),
+            "dropped": float(sum(self._loop.dropped.values())),
+            "stale": float(self._loop.dropped["stale"]),
+            "failed": float(self._loop.dropped["failed"]),
+            "errors": float(self._loop.failures["error"]),
+            "timeouts": float(self._loop.failures["timeout"]),
+        }
+        change = {name: value - self._before.get(name, 0.0) for name, value in now.items()}
+        self._before = now
+        return change
+
+    def _staleness(self, step: Step) -> Metrics:
+        staleness = [step.number - 1 - group.policy_version for group in step.groups]
+        return {"async/staleness_mean": float(np.mean(staleness)), "async/staleness_max": float(max(staleness))}
+
+
+def _reward_metrics(groups: list[Group]) -> Metrics:
+    rewards = [np.array([rollout.reward for rollout in group.rollouts]) for group in groups]
+    every = np.concatenate(rewards)
+    return {
+        "reward/mean": float(every.mean()),
+        "reward/std": float(every.std()),
+        "reward/min": float(every.min()),
+        "reward/max": float(every.max()),
+        "reward/frac_zero_std": float(np.mean([group.std() == 0 for group in rewards])),
+    }
+
+
+def _completion_metrics(groups: list[Group]) -> Metrics:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    named: defaultdict[str, list[float]] = defaultdict(list)
+    for rollout in rollouts:
+        for name, value in rollout.metrics.items():
+            named[f"env/{name}"].append(value)
+    return {
+        "completions/mean_length": float(np.mean([rollout.loss_mask.sum() for rollout in rollouts])),
+        "completions/clipped_ratio": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+        **{name: float(np.mean(values)) for name, values in named.items()},
+    }
+
+
+def completion_rows(step: Step, tokenizer: Any) -> list[dict[str, Any]]:
+    """What the policy wrote in this step, one row for each rollout."""
+    return [
+        {
+            "ordinal": group.prompt.ordinal,
+            "policy_version": group.policy_version,
+            "prompt": tokenizer.decode(rollout.tokens[: int(rollout.loss_mask.argmax())]),
+            "text": rollout.text,
+            "reward": rollout.reward,
+            "finish_reason": rollout.finish_reason,
+            "num_tokens": int(rollout.loss_mask.sum()),
+        }
+        for group in step.groups
+        for rollout in group.rollouts
+    ]

@@ -1,0 +1,69 @@
+"""Publishes policy versions and keeps count of who uses them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from time import monotonic
+
+from anyio import Event
+
+from rlloop.engine import Engine
+from rlloop.events import Events
+from rlloop.trainer import Trainer
+from rlloop.types import RefitReport
+
+
+class Refit:
+    """Which versions of one adapter the engine serves, at most `num_versions` at once."""
+
+    def __init__(self, trainer: Trainer, engine: Engine, adapter: str, num_versions: int, events: Events) -> None:
+        self._trainer = trainer
+        self._engine = engine
+        self._adapter = adapter
+        self._num_versions = num_versions
+        self._events = events
+        self._leases: Counter[int] = Counter()
+        self._served: set[int] = set()
+        self._lease_ended = Event()
+        self.latest = -1
+        """The newest version that the engine serves."""
+
+    @contextmanager
+    def lease(self) -> Iterator[int]:
+        """The newest version, which stays loaded until the block ends."""
+        version = self.latest
+        self._leases[version] += 1
+        try:
+            yield version
+        finally:
+            self._leases[version] -= 1
+            self._lease_ended.set()
+
+    async def publish(self, version: int) -> RefitReport:
+        """Make the engine serve the trainer's present weights as `version`; returns when new requests get them.
+
+        Raises RefitError when what the engine holds is not what the trainer sent.
+        """
+        started = monotonic()
+        with self._events.span("refit", "refit", policy_version=version):
+            await self._make_room()
+            ticket = await self._trainer.export_adapter(self._adapter)
+            report = await self._engine.publish(version, ticket)
+        self._served.add(version)
+        self.latest = version
+        return replace(report, publish_seconds=monotonic() - started)
+
+    async def _make_room(self) -> None:
+        """Retire versions that nobody uses; if all are in use, wait until one is not."""
+        while True:
+            self._lease_ended = Event()
+            for old in sorted(v for v in self._served if not self._leases[v] and v != self.latest):
+                await self._engine.retire(old)
+                self._served.remove(old)
+                del self._leases[old]
+            if len(self._served) < self._num_versions:
+                return
+            await self._lease_ended.wait()

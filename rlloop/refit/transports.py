@@ -1,0 +1,144 @@
+"""How an adapter's bytes get from the trainer's process to the engine's: shared memory, or a file.
+
+A writer is made by the run, pickled to the trainer's rank, and writes there; a reader lives in the engine's worker. What
+travels is one flat tensor in the engine's dtype, B scaled already, so that a slot holds exactly the bytes that were sent.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rlloop.refit.digest import digest
+from rlloop.types import AdapterTicket
+
+FLAT = "adapter"  # the one tensor of a file
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass
+class MemoryWriter:
+    """Writes into one shared-memory segment that lives as long as the run: fresh pages would cost more than the copy.
+
+    A plain file of /dev/shm, and not multiprocessing's SharedMemory, whose tracker removes segments that others still use.
+    """
+
+    dtype: str
+    segment_name: str
+    _segment: mmap.mmap | None = field(default=None, init=False, repr=False)
+
+    def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
+        """Flatten, scale B, cast, digest."""
+        started = time.monotonic()
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        num_elements = sum(tensor.numel() for tensor in tensors.values())
+        path = SHARED_MEMORY / self.segment_name
+        if self._segment is None or len(self._segment) < num_elements * dtype.itemsize:
+            self.close()
+            self._segment = _map(path, os.O_CREAT | os.O_RDWR, num_elements * dtype.itemsize)
+        flat = torch.frombuffer(self._segment, dtype=dtype, count=num_elements)
+        return _flatten(tensors, scale, flat, "memory", str(path), started)
+
+    def close(self) -> None:
+        """Remove the segment."""
+        if self._segment is not None:
+            (SHARED_MEMORY / self.segment_name).unlink(missing_ok=True)
+            self._segment = None
+
+
+@dataclass
+class DiskWriter:
+    """Writes safetensors files into a folder, one version at a time: the fallback, and what memory is measured against."""
+
+    dtype: str
+    folder: Path
+
+    def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
+        """Flatten, scale B, cast, digest, save."""
+        started = time.monotonic()
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        flat = torch.empty(sum(tensor.numel() for tensor in tensors.values()), dtype=dtype)
+        path = self.folder / "refit.safetensors"
+        ticket = _flatten(tensors, scale, flat, "disk", str(path), started)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file({FLAT: flat}, path)
+        return replace(ticket, export_seconds=time.monotonic() - started)
+
+    def close(self) -> None:
+        """Remove the file."""
+        (self.folder / "refit.safetensors").unlink(missing_ok=True)
+
+
+class Reader:
+    """Reads what a writer wrote, in the engine's worker. Segments are mapped, and on CUDA page-locked, once and kept."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._segments: dict[str, mmap.mmap] = {}
+
+    def read(self, ticket: Mapping[str, Any]) -> torch.Tensor:
+        """A new flat tensor on the device: vLLM keeps what it is given, and the next version overwrites the source."""
+        if ticket["transport"] == "disk":
+            with safe_open(ticket["location"], framework="pt", device=str(self._device)) as file:
+                return file.get_tensor(FLAT)
+        dtype: torch.dtype = getattr(torch, ticket["dtype"])
+        segment = self._attach(ticket["location"], ticket["num_bytes"])
+        flat = torch.frombuffer(segment, dtype=dtype, count=ticket["num_bytes"] // dtype.itemsize)
+        return flat.to(self._device, non_blocking=True, copy=True)
+
+    def _attach(self, location: str, num_bytes: int) -> mmap.mmap:
+        if location not in self._segments or len(self._segments[location]) < num_bytes:
+            self._segments[location] = segment = _map(Path(location), os.O_RDWR, None)
+            if self._device.type == "cuda":
+                whole = torch.frombuffer(segment, dtype=torch.uint8)
+                torch.cuda.cudart().cudaHostRegister(
+                    whole.data_ptr(), whole.numel(), 0
+                )  # refused: pageable, slower, right
+        return self._segments[location]
+
+
+def _map(path: Path, flags: int, num_bytes: int | None) -> mmap.mmap:
+    """The file in memory; `num_bytes` sets its size."""
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        if num_bytes is not None:
+            os.ftruncate(descriptor, num_bytes)
+        return mmap.mmap(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _flatten(
+    tensors: Mapping[str, torch.Tensor],
+    scale: float,
+    flat: torch.Tensor,
+    transport: Literal["memory", "disk"],
+    location: str,
+    started: float,
+) -> AdapterTicket:
+    manifest, start = [], 0
+    for name in sorted(tensors):
+        source = tensors[name].detach()
+        part = flat[start : start + source.numel()].view(source.shape)
+        part.copy_(source * scale if ".lora_B." in name else source)
+        manifest.append((name, (source.shape[0], source.shape[1])))
+        start += source.numel()
+    return AdapterTicket(
+        manifest=tuple(manifest),
+        rank=max(shape[0] for name, shape in manifest if ".lora_A." in name),
+        dtype=str(flat.dtype).removeprefix("torch."),
+        digest=digest(flat, manifest),
+        transport=transport,
+        location=location,
+        num_bytes=flat.numel() * flat.element_size(),
+        export_seconds=time.monotonic() - started,
+    )

@@ -1,0 +1,286 @@
+"""A run: everything that the loop needs, made from the settings, and put away in the right order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import anyio
+from anyio import CancelScope, create_task_group, to_thread
+
+from rlloop.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
+from rlloop.config import RunSettings
+from rlloop.engine import Engine
+from rlloop.environment import Environment, load_environment
+from rlloop.errors import CheckpointError, RlloopError
+from rlloop.events import Events
+from rlloop.ledger import Ledger, fingerprint
+from rlloop.loop import Loop, Step
+from rlloop.metrics import StepMetrics, completion_rows
+from rlloop.models import resolve_model
+from rlloop.placement import has_gpu, resolve_dtype, split_cores
+from rlloop.processes import guard, shared_memory_prefix
+from rlloop.refit.publisher import Refit
+from rlloop.rewards import Scorer
+from rlloop.rollouts import sample_group
+from rlloop.run_directory import RunDirectory, open_run_directory
+from rlloop.signals import stop_on_signals
+from rlloop.staleness import Backlog
+from rlloop.tracking import Trackers, open_trackers
+from rlloop.trainer import Trainer
+from rlloop.types import Group, LoraConfig, Metrics, Prompt
+
+Update: TypeAlias = Callable[[Trainer, list[Group]], Awaitable[Metrics]]
+"""Trains the adapter `POLICY` on the groups of one step; its last await is the optimizer step."""
+
+POLICY = "policy"
+"""The adapter whose versions the engine serves."""
+
+SettingsT = TypeVar("SettingsT", bound=RunSettings)
+
+
+@dataclass
+class Run:
+    """What `open_run` yields. Implements `rlloop.loop.Stages`."""
+
+    settings: RunSettings
+    directory: RunDirectory
+    environment: Environment
+    scorer: Scorer
+    tokenizer: Any
+    engine: Engine
+    trainer: Trainer
+    refit: Refit
+    ledger: Ledger
+    events: Events
+    tracker: Trackers
+    first_step: int
+    fingerprint: str
+
+    async def train(self, update: Update) -> None:
+        """Run the loop to its last step. A checkpoint is written every so often, and at the end however it comes."""
+        settings = self.settings
+        self._update = update
+        self.loop = loop = Loop(
+            self,
+            self.refit,
+            self.ledger,
+            Backlog(settings.groups_per_step, settings.max_staleness, settings.on_stale, settings.staleness_limit),
+            groups_per_step=settings.groups_per_step,
+            num_slots=settings.num_slots,
+            num_steps=settings.num_steps,
+            min_group_size=settings.environment.min_group_size,
+            first_step=self.first_step,
+        )
+        self._metrics = StepMetrics(loop, self.ledger, self.engine)
+        self._saved = self.first_step
+        try:
+            await self.refit.publish(self.first_step)
+            await loop.run()
+        except BaseException:
+            # Best effort: the trainer may be what died, and the first error is the one to see.
+            with CancelScope(shield=True), suppress(CheckpointError):
+                await self._save()
+            raise
+        await self._save()
+
+    def task(self, index: int) -> Any:
+        """See `Stages.task`."""
+        return self.environment.task(index)
+
+    async def sample(self, prompt: Prompt, version: int) -> Group:
+        """See `Stages.sample`."""
+        return await sample_group(
+            prompt,
+            environment=self.environment,
+            scorer=self.scorer,
+            engine=self.engine,
+            tokenizer=self.tokenizer,
+            policy_version=version,
+            settings=self.settings,
+            events=self.events,
+        )
+
+    async def update(self, groups: list[Group]) -> Metrics:
+        """See `Stages.update`."""
+        return await self._update(self.trainer, groups)
+
+    async def finish_step(self, step: Step) -> None:
+        """See `Stages.finish_step`."""
+        with self._metrics.checkpointing():
+            if step.number % self.settings.checkpoint.every == 0:
+                await self._save()
+        self.tracker.completions(step.number, completion_rows(step, self.tokenizer))
+        self.tracker.log(step.number, self._metrics.of(step))
+        self.events.flush()
+
+    async def _save(self) -> None:
+        version = self.loop.version
+        if version == self._saved:
+            return
+        meta = {
+            "policy_version": version,
+            "attempt": self.directory.attempt,
+            "config_sha256": self.directory.config_sha256,
+            "fingerprint": self.fingerprint,
+        }
+        with self.events.span("checkpoint", "checkpoint", policy_version=version):
+            await write_checkpoint(
+                self.directory.path,
+                version,
+                lambda folder: self.trainer.save(POLICY, folder),
+                self.ledger.state(),
+                meta,
+                keep=self.settings.checkpoint.keep,
+            )
+        self._saved = version
+
+
+@asynccontextmanager
+async def open_run(settings: RunSettings, marker: str) -> AsyncIterator[Run]:
+    """Start engine, trainer and all the rest; on leaving, end them.
+
+    `marker` is that of `rlloop.processes.guard`. Raises RlloopError for anything that the user can mend.
+    """
+    async with AsyncExitStack() as stack:
+        directory = stack.enter_context(open_run_directory(settings))
+        checkpoint = newest_checkpoint(directory.path) if settings.resume else None
+        environment = load_environment(settings.env, settings.env_args)
+        events = Events(directory.path / "events.jsonl")
+        stack.callback(events.close)
+        tracker = open_trackers(settings, directory.path, directory.attempt)
+        stack.callback(tracker.close)
+        for warning in checkpoint.passed_over if checkpoint else ():
+            tracker.status(f"passed over a broken checkpoint: {warning}")
+        scorer = await stack.enter_async_context(
+            Scorer(
+                settings.env,
+                settings.env_args,
+                num_workers=settings.environment.score_workers,
+                timeout=settings.environment.score_timeout,
+            )
+        )
+        ledger, tasks_fingerprint = _open_ledger(settings, environment, checkpoint)
+
+        tracker.status(f"loading {settings.model}")
+        model = str(await to_thread.run_sync(resolve_model, settings.model))
+        tokenizer = await to_thread.run_sync(_load_tokenizer, model)
+        engine, trainer = await _start(stack, settings, model, directory, marker, events, checkpoint, tracker)
+        refit = Refit(trainer, engine, POLICY, settings.num_versions, events)
+        tracker.status("waiting for the first rollouts")
+        yield Run(
+            settings=settings,
+            directory=directory,
+            environment=environment,
+            scorer=scorer,
+            tokenizer=tokenizer,
+            engine=engine,
+            trainer=trainer,
+            refit=refit,
+            ledger=ledger,
+            events=events,
+            tracker=tracker,
+            first_step=checkpoint.step if checkpoint else 0,
+            fingerprint=tasks_fingerprint,
+        )
+
+
+async def _start(
+    stack: AsyncExitStack,
+    settings: RunSettings,
+    model: str,
+    directory: RunDirectory,
+    marker: str,
+    events: Events,
+    checkpoint: Checkpoint | None,
+    tracker: Trackers,
+) -> tuple[Engine, Trainer]:
+    """Engine and trainer, started side by side."""
+    from rlloop.engine.vllm import start_vllm
+    from rlloop.refit.transports import DiskWriter, MemoryWriter
+    from rlloop.trainer.peft import PeftTrainer
+
+    dtype = resolve_dtype(settings)
+    engine_cores, trainer_cores = (None, None) if has_gpu() else split_cores(settings, os.sched_getaffinity(0))
+    writer = (
+        MemoryWriter(dtype, f"{shared_memory_prefix(marker)}refit")
+        if settings.refit.transport == "memory"
+        else DiskWriter(dtype, directory.path / "refit")
+    )
+    where = "a GPU" if engine_cores is None else f"cores {sorted(engine_cores)} and {sorted(trainer_cores or ())}"
+    tracker.status(f"starting vLLM and the trainer in {dtype} on {where}")
+    trainer = await stack.enter_async_context(
+        PeftTrainer(
+            model,
+            dtype=dtype,
+            settings=settings.trainer,
+            temperature=settings.sampling.temperature,
+            writer=writer,
+            cores=trainer_cores,
+            log_path=directory.logs / "trainer.log",
+        )
+    )
+
+    async def prepare_trainer() -> None:
+        lora = settings.lora
+        await trainer.create_adapter(POLICY, LoraConfig(lora.rank, lora.alpha, lora.targets, settings.seed))
+        if checkpoint is not None:
+            await trainer.load(POLICY, checkpoint.folder)
+
+    async with create_task_group() as tasks:
+        tasks.start_soon(prepare_trainer)
+        engine = await stack.enter_async_context(
+            start_vllm(
+                model,
+                settings.engine,
+                dtype=dtype,
+                lora_rank=settings.lora.rank,
+                num_versions=settings.num_versions,
+                log_path=directory.logs / "engine.log",
+                cores=engine_cores,
+            )
+        )
+    return engine, trainer
+
+
+def _open_ledger(settings: RunSettings, environment: Environment, checkpoint: Checkpoint | None) -> tuple[Ledger, str]:
+    num_tasks = len(environment)
+    tasks = [environment.task(index) for index in range(min(num_tasks, 16))]
+    identity = fingerprint(settings.env, settings.env_args, num_tasks, tasks)
+    if checkpoint is None:
+        return Ledger(num_tasks, settings.seed, identity), identity
+    return Ledger.restore(checkpoint.ledger, num_tasks, settings.seed, identity), identity
+
+
+def _load_tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def run(main: Callable[[SettingsT, str], Coroutine[Any, Any, None]], settings: SettingsT) -> None:
+    """Run an algorithm's `main(settings, marker)` so that no process outlives it, and signals end it in order.
+
+    Raises the first error as it is, not in the groups of the task groups that it went through.
+    """
+
+    async def stoppable() -> None:
+        async with stop_on_signals():
+            await main(settings, marker)
+
+    with guard() as marker:
+        try:
+            anyio.run(stoppable)
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error that says most: an RlloopError among several, else the first."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [_first(inner) for inner in error.exceptions]
+    return next((leaf for leaf in leaves if isinstance(leaf, RlloopError)), leaves[0])

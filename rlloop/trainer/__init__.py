@@ -1,0 +1,94 @@
+"""Who learns. The primitives name the adapter that they act on and know no algorithm: a loss is a function that is passed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+from rlloop.types import AdamConfig, AdapterTicket, FloatArray, LoraConfig, Metrics, OptimResult, Sample
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Head = Literal["policy", "value"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """The tokens of one microbatch that carry loss, flat. All tensors are [N], on the trainer's device, in fp32.
+
+    A loss sees exactly these tokens, in the order of the samples."""
+
+    advantages: Tensor
+    loss_weights: Tensor
+    rollout_logprobs: Tensor
+    old_logprobs: Tensor | None
+    """The trainer's before the update; None where the update is one optimizer step, for then they equal `logprobs`."""
+    ref_logprobs: Tensor | None
+    entropy: Tensor
+    """Of the policy's distribution at each token; no gradient."""
+
+
+Loss: TypeAlias = "Callable[[Tensor, TokenBatch], tuple[Tensor, Mapping[str, Tensor]]]"
+"""(logprobs [N] under gradient, tokens) -> (scalar, metrics [N] per token).
+
+The scalar is summed over microbatches, so weight each token with `tokens.loss_weights`. Per-token metrics come back as
+`<name>/mean` and `<name>/max` over the batch. The function is sent to the ranks by reference: define it in a module (or
+use functools.partial of one)."""
+
+
+class AdapterWriter(Protocol):
+    """How an exported adapter leaves the trainer's process. Lives in the rank; made by the caller, pickled to it."""
+
+    def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
+        """Put the tensors (PEFT's names) where an engine finds them, B multiplied by `scale`."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+        ...
+
+
+class Trainer(Protocol):
+    """Asynchronous; runs in rank processes of its own. A rank that dies or raises makes the call raise TrainerError."""
+
+    async def create_adapter(self, name: str, lora: LoraConfig, head: Head = "policy") -> None:
+        """A new adapter (B = 0, so the model is the base) with an optimizer of its own."""
+        ...
+
+    async def remove_adapter(self, name: str) -> None:
+        """Forget an adapter and its optimizer."""
+        ...
+
+    async def forward_backward(self, name: str, samples: Sequence[Sample], loss: Loss) -> Metrics:
+        """Add the gradient of the loss over the samples, in microbatches under the token budget, to the adapter's."""
+        ...
+
+    async def optim_step(self, name: str, adam: AdamConfig) -> OptimResult:
+        """Clip, step, zero the gradient. A non-finite loss or gradient leaves adapter and optimizer as they were.
+
+        Raises NonFiniteError after several of those in a row.
+        """
+        ...
+
+    async def logprobs(self, name: str | None, samples: Sequence[Sample]) -> list[FloatArray]:
+        """Per sample [T], 0 where `loss_mask` is false; `None` names the frozen base (the reference policy)."""
+        ...
+
+    async def export_adapter(self, name: str) -> AdapterTicket:
+        """Hand the adapter's present weights to the transport."""
+        ...
+
+    async def save(self, name: str, folder: Path) -> None:
+        """Write `adapter/` (PEFT's format) and `state/` (optimizer, random state) into the folder, at the last optimizer step.
+
+        Ends a forward_backward that is running; its gradient is discarded.
+        """
+        ...
+
+    async def load(self, name: str, folder: Path) -> None:
+        """Restore what `save` wrote into an adapter that exists."""
+        ...

@@ -1,0 +1,205 @@
+"""All that crosses a stage of the pipeline, as immutable data.
+
+    Prompt ──▶ Rollout (scored) ──▶ Group ──▶ Sample ──▶ trainer ──▶ AdapterTicket ──▶ engine
+
+Shapes: T tokens of one sequence. Arrays are numpy, so that neither the event loop nor an environment needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+FinishReason = Literal["stop", "length"]
+Message = Mapping[str, Any]
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question to the policy, at its place in the run's order."""
+
+    ordinal: int
+    """Counts prompts over the whole run; (epoch, place in the epoch's permutation) follow from it."""
+    index: int
+    """Which of the environment's tasks this is."""
+    seed: int
+    """From (run seed, ordinal): a prompt that is sampled again after a resume is sampled with the same seeds."""
+    task: Any
+    """What `Environment.task(index)` gave; picklable."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What one call asks of an engine."""
+
+    tokens: tuple[int, ...]
+    policy_version: int
+    max_tokens: int
+    temperature: float = 1.0
+    n: int = 1
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine sampled for one request."""
+
+    tokens: IntArray
+    """[T] with the stop token, if one ended it."""
+    logprobs: FloatArray
+    """[T] log-probability of each token under the distribution that it was drawn from (at the sampling temperature)."""
+    policy_version: int
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One complete trajectory as one flat token sequence: prompt, completions, and what the environment said between them."""
+
+    tokens: IntArray
+    """[T]"""
+    loss_mask: BoolArray
+    """[T] true where the policy sampled the token."""
+    rollout_logprobs: FloatArray
+    """[T] the engine's logprobs; 0 where `loss_mask` is false."""
+    policy_version: int
+    """The oldest version that sampled a token of it."""
+    finish_reason: str
+    """`stop`, `length`, or what the environment ended it with (`max_turns`)."""
+    num_turns: int
+    text: str
+    """What the policy wrote last, decoded without special tokens: what a reward reads."""
+    reward: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the environment wants to see logged, as `env/<name>`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A rollout that did not end or could not be scored. It is counted and has no reward."""
+
+    kind: Literal["error", "timeout"]
+    stage: Literal["rollout", "score"]
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The scored rollouts of one prompt, all sampled by one policy version."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    policy_version: int
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One flat sequence as the trainer sees it. All arrays are [T]; entry t belongs to the token at position t."""
+
+    tokens: IntArray
+    loss_mask: BoolArray
+    rollout_logprobs: FloatArray
+    advantages: FloatArray
+    loss_weights: FloatArray
+    """What a token's loss counts: 1 / (tokens of the batch), or 1 / (samples x tokens of this one). A loss is a plain sum, so
+    that neither microbatches nor ranks change it."""
+    prompt_id: int
+    """Samples with equal ids may share the computation of the tokens before their first `loss_mask`."""
+    old_logprobs: FloatArray | None = None
+    ref_logprobs: FloatArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTicket:
+    """Everything about an exported LoRA adapter but its bytes, which lie flat, in the order of `manifest`, at `location`.
+
+    B is scaled by alpha / rank already, so that an engine's slot holds exactly the bytes that were sent."""
+
+    manifest: tuple[tuple[str, tuple[int, int]], ...]
+    """PEFT's name and the shape of each tensor."""
+    rank: int
+    dtype: str
+    digest: str
+    transport: Literal["memory", "disk"]
+    location: str
+    num_bytes: int
+    export_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RefitReport:
+    """What publishing one policy version cost, in seconds."""
+
+    policy_version: int
+    num_bytes: int
+    export_seconds: float
+    """In the trainer: flatten, scale, cast, digest."""
+    transfer_seconds: float
+    """In the engine's worker: from the transport to a tensor on its device."""
+    load_seconds: float
+    """In the worker: into a free slot."""
+    verify_seconds: float
+    """In the worker: digest of what the slot holds."""
+    publish_seconds: float
+    """The whole, as the event loop saw it, export included."""
+
+    @property
+    def stall_seconds(self) -> float:
+        """How long the worker could not run a forward pass."""
+        return self.transfer_seconds + self.load_seconds + self.verify_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class OptimResult:
+    """One optimizer step."""
+
+    grad_norm: float
+    """Before clipping; not finite when the step was skipped for that reason."""
+    skipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """Totals since the engine started, and the present load."""
+
+    num_generated_tokens: int
+    busy_seconds: float
+    """Time with at least one request in flight."""
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    longest_gap_seconds: float
+    """Longest time between two tokens of one request since `reset_longest_gap`."""
+    first_token_seconds: Mapping[int, float]
+    """Per policy version, from the end of its publish to the first token that it sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdamConfig:
+    """One AdamW step (Loshchilov & Hutter 2019)."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """A LoRA adapter (Hu et al. 2021): W x + (alpha / rank) B A x on each target."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    seed: int = 0

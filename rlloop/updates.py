@@ -1,0 +1,47 @@
+"""One optimizer step on a batch of samples, and the metrics that every algorithm reports of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import monotonic
+
+from rlloop.trainer import Loss, Trainer
+from rlloop.types import AdamConfig, Metrics, Sample
+
+PER_TOKEN = {
+    "policy/entropy": "entropy/mean",
+    "policy/kl_ref": "kl_ref/mean",
+    "policy/clip_frac_low": "clip_frac_low/mean",
+    "policy/clip_frac_high": "clip_frac_high/mean",
+    "policy/sampler_kl_mean": "sampler_kl/mean",
+    "policy/sampler_kl_max": "sampler_kl/max",
+    "policy/mismatch_ratio_mean": "mismatch_ratio/mean",
+    "policy/mismatch_ratio_max": "mismatch_ratio/max",
+}
+"""Documented metric -> what a trainer made of the loss's per-token metrics."""
+
+
+async def optimizer_step(
+    trainer: Trainer, adapter: str, samples: Sequence[Sample], loss: Loss, adam: AdamConfig
+) -> Metrics:
+    """forward_backward over all samples, then optim_step, which is the last await. A batch without samples makes no step."""
+    if not samples:
+        return {"optim/skipped_steps": 1.0, "optim/lr": adam.lr}
+    started = monotonic()
+    found = await trainer.forward_backward(adapter, samples, loss)
+    stepped = monotonic()
+    result = await trainer.optim_step(adapter, adam)
+    seconds = stepped - started
+    return {
+        "loss/policy": found["loss"],
+        **{name: found[source] for name, source in PER_TOKEN.items() if source in found},
+        "optim/grad_norm": result.grad_norm,
+        "optim/lr": adam.lr,
+        "optim/skipped_steps": float(result.skipped),
+        "optim/nonfinite_steps": float(result.skipped),
+        "perf/mfu": found["mfu"],
+        "perf/train_tokens_per_second": found["num_tokens"] / seconds,
+        "progress/tokens_trained": found["num_tokens"],
+        "time/forward_backward": seconds,
+        "time/optimizer": monotonic() - stepped,
+    }

@@ -1,0 +1,206 @@
+"""The loop on fakes, with real concurrency, on asyncio and trio."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlloop.engine.fake import FakeEngine
+from rlloop.environment import PromptTooLong
+from rlloop.errors import BadEnvironmentError, EngineError
+from rlloop.events import Events
+from rlloop.ledger import Ledger
+from rlloop.loop import Loop, Step
+from rlloop.refit.publisher import Refit
+from rlloop.staleness import Backlog
+from rlloop.trainer.fake import FakeTrainer
+from rlloop.types import AdamConfig, Failure, Group, LoraConfig, Metrics, Prompt, Rollout
+
+BACKENDS = ("asyncio", "trio")
+CAP = 3
+
+
+@dataclass
+class FakeStages:
+    """Samples with random delays; every `straggler`-th group takes many times longer."""
+
+    trainer: FakeTrainer
+    rng: random.Random
+    straggler: int = 0
+    fail: Any = lambda prompt: None
+    update_seconds: float = 0.0005
+    steps: list[Step] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    num_sampling: int = 0
+    peak: int = 0
+
+    def task(self, index: int) -> int:
+        return index
+
+    async def sample(self, prompt: Prompt, version: int) -> Group:
+        self.log.append(f"sample {prompt.ordinal} on {version}")
+        self.num_sampling += 1
+        self.peak = max(self.peak, self.num_sampling)
+        try:
+            slow = self.straggler and prompt.ordinal % self.straggler == 0
+            await anyio.sleep(0.012 if slow else self.rng.random() * 0.002)
+            failure = self.fail(prompt)
+            if isinstance(failure, Failure):
+                return Group(prompt, (), version, (failure,))
+        finally:
+            self.num_sampling -= 1
+        return Group(prompt, (rollout(version),), version)
+
+    async def update(self, groups: list[Group]) -> Metrics:
+        await anyio.sleep(self.update_seconds)
+        await self.trainer.optim_step("policy", AdamConfig(lr=1.0))
+        self.log.append(f"step {self.trainer.steps['policy']}")
+        return {}
+
+    async def finish_step(self, step: Step) -> None:
+        self.steps.append(step)
+
+
+def rollout(version: int) -> Rollout:
+    import numpy as np
+
+    one = np.zeros(1, np.int32)
+    return Rollout(one, one.astype(bool), one.astype(np.float32), version, "stop", 1, "")
+
+
+async def run(
+    stages: FakeStages, on_stale: str, *, bound: int, per_step: int = 2, num_steps: int = 12, num_tasks: int = 7
+) -> tuple[Loop, Ledger, FakeEngine]:
+    limit = CAP * max(bound, 1) if on_stale == "correct" else bound
+    engine, ledger = FakeEngine(), Ledger(num_tasks, 0, "")
+    await stages.trainer.create_adapter("policy", LoraConfig())
+    refit = Refit(stages.trainer, engine, "policy", limit + 2, Events(None))
+    publish = refit.publish
+
+    async def logged_publish(version: int) -> Any:
+        report = await publish(version)
+        stages.log.append(f"refit {version}")
+        return report
+
+    refit.publish = logged_publish  # type: ignore[method-assign]
+    await refit.publish(0)
+    loop = Loop(
+        stages,
+        refit,
+        ledger,
+        Backlog(per_step, bound, on_stale, limit),  # type: ignore[arg-type]
+        groups_per_step=per_step,
+        num_slots=per_step * (bound + 1),
+        num_steps=num_steps,
+    )
+    with anyio.fail_after(20):
+        await loop.run()
+    return loop, ledger, engine
+
+
+def staleness(stages: FakeStages) -> list[int]:
+    return [step.number - 1 - group.policy_version for step in stages.steps for group in step.groups]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    bound=st.integers(0, 3),
+    per_step=st.integers(1, 3),
+    on_stale=st.sampled_from(["correct", "drop", "wait"]),
+    straggler=st.sampled_from([0, 3, 5]),
+    failing=st.sampled_from([0, 4]),
+)
+def test_bounds_hold_and_no_prompt_is_lost_or_trained_twice(
+    backend: str, seed: int, bound: int, per_step: int, on_stale: str, straggler: int, failing: int
+) -> None:
+    def fail(prompt: Prompt) -> Failure | None:
+        if failing and prompt.ordinal % failing == 1:
+            return Failure("error", "rollout", "boom")
+        if failing and prompt.ordinal % 7 == 5:
+            raise PromptTooLong("too long")
+        return None
+
+    stages = FakeStages(FakeTrainer(), random.Random(seed), straggler, fail)
+    kept = anyio.run(lambda: run(stages, on_stale, bound=bound, per_step=per_step), backend=backend)
+    loop, ledger, engine = kept
+    limit = CAP * max(bound, 1) if on_stale == "correct" else bound
+    assert max(staleness(stages)) <= limit
+    assert stages.peak <= per_step * (bound + 1)
+    assert [step.number for step in stages.steps] == list(range(1, 13))
+    assert all(len(step.groups) == per_step for step in stages.steps)
+    trained = Counter(group.prompt.ordinal for step in stages.steps for group in step.groups)
+    assert max(trained.values()) == 1
+    # Every prompt below the mark is trained or was dropped, with a reason.
+    assert ledger.counts["trained"] == 12 * per_step == len(trained)
+    assert sum(loop.dropped.values()) == sum(n for reason, n in ledger.counts.items() if reason != "trained")
+    assert max(trained) + 1 <= 12 * per_step + sum(loop.dropped.values()) + per_step * (bound + 1)
+    assert len(engine.versions) <= limit + 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_synchronous_loop_alternates(backend: str) -> None:
+    stages = FakeStages(FakeTrainer(), random.Random(0))
+    anyio.run(lambda: run(stages, "correct", bound=0, num_steps=3), backend=backend)
+    assert set(staleness(stages)) == {0}
+    kinds = [line.split()[0] for line in stages.log]
+    assert kinds == ["refit"] + ["sample", "sample", "step", "refit"] * 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_slot_comes_back_only_after_the_refit(backend: str) -> None:
+    stages = FakeStages(FakeTrainer(), random.Random(0))
+    anyio.run(lambda: run(stages, "drop", bound=1, num_steps=8), backend=backend)
+    for version in range(1, 7):
+        step, refit = stages.log.index(f"step {version}"), stages.log.index(f"refit {version}")
+        first = next(i for i, line in enumerate(stages.log) if line.endswith(f" on {version}"))
+        assert step < refit < first
+        between = stages.log[step:refit]
+        assert not any(line.startswith("sample") for line in between), "all slots were taken until the refit"
+
+
+def test_correct_trains_stragglers_that_drop_discards() -> None:
+    def sampled(on_stale: str) -> tuple[int, int]:
+        stages = FakeStages(FakeTrainer(), random.Random(1), straggler=4)
+        loop, *_ = anyio.run(lambda: run(stages, on_stale, bound=1, num_steps=25))
+        return max(staleness(stages)), loop.dropped["stale"]
+
+    assert sampled("drop")[1] > 0
+    greatest, dropped = sampled("correct")
+    assert greatest > 1
+    assert dropped <= sampled("drop")[1]
+    assert sampled("wait") == (1, 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_error_of_any_stage_ends_the_loop_with_that_error(backend: str) -> None:
+    def die(prompt: Prompt) -> None:
+        if prompt.ordinal == 9:
+            raise EngineError("the engine died")
+
+    stages = FakeStages(FakeTrainer(), random.Random(0), fail=die)
+    with pytest.raises(ExceptionGroup) as caught:
+        anyio.run(lambda: run(stages, "correct", bound=1), backend=backend)
+    assert caught.group_contains(EngineError, match="the engine died")
+    assert stages.num_sampling == 0
+
+
+def test_an_environment_that_always_fails_ends_the_run_and_says_why() -> None:
+    stages = FakeStages(FakeTrainer(), random.Random(0), fail=lambda _: Failure("error", "score", "KeyError: 'answer'"))
+    with pytest.raises(ExceptionGroup) as caught:
+        anyio.run(lambda: run(stages, "correct", bound=1))
+    assert caught.group_contains(BadEnvironmentError, match="KeyError: 'answer'")
+
+
+def test_no_prompt_is_sampled_that_no_step_needs() -> None:
+    stages = FakeStages(FakeTrainer(), random.Random(0))
+    anyio.run(lambda: run(stages, "correct", bound=3, num_steps=5))
+    assert sum(line.startswith("sample") for line in stages.log) == 10
