@@ -14,6 +14,21 @@ from rlloop.engine import Engine
 from rlloop.ledger import Ledger
 from rlloop.loop import Loop, Step
 from rlloop.types import Group, Metrics
+from rlloop.updates import PER_TOKEN
+
+SAMPLED = "progress/tokens_sampled"
+TOTALS = (SAMPLED, "progress/tokens_trained", "optim/skipped_steps", "optim/nonfinite_steps")
+UPDATE_METRICS = (
+    *PER_TOKEN,
+    "loss/policy",
+    "optim/grad_norm",
+    "optim/lr",
+    "perf/mfu",
+    "perf/train_tokens_per_second",
+    "time/forward_backward",
+    "time/optimizer",
+)
+"""NaN where an update does not report them (no KL without a reference, no loss without a sample to train on)."""
 
 
 class StepMetrics:
@@ -23,7 +38,8 @@ class StepMetrics:
         self._loop = loop
         self._ledger = ledger
         self._engine = engine
-        self._totals: defaultdict[str, float] = defaultdict(float)
+        self.totals = dict.fromkeys(TOTALS, 0.0)
+        """Sums over the run; a resumed run goes on from those of its checkpoint."""
         self._before: dict[str, float] = {}
         self._checkpoint_seconds = 0.0
         self._change_since_last()
@@ -42,9 +58,11 @@ class StepMetrics:
         engine_busy, trainer_busy = change["engine"] / seconds, step.update_seconds / seconds
         statistics = self._engine.statistics()
         self._engine.reset_longest_gap()
-        self._totals["trained"] += step.metrics.get("progress/tokens_trained", 0.0)
+        for name in TOTALS:
+            self.totals[name] += change["generated"] if name == SAMPLED else step.metrics.get(name, 0.0)
         served = statistics.first_token_seconds.get(step.number - 1, statistics.first_token_seconds.get(step.number))
         return {
+            **dict.fromkeys(UPDATE_METRICS, float("nan")),
             **_reward_metrics(step.groups),
             **_completion_metrics(step.groups),
             **step.metrics,
@@ -70,8 +88,7 @@ class StepMetrics:
             "refit/longest_gap_seconds": statistics.longest_gap_seconds,
             "perf/overlap_efficiency": min(1.0, max(engine_busy, trainer_busy)),
             "perf/gen_tokens_per_second": change["generated"] / seconds,
-            "progress/tokens_sampled": float(statistics.num_generated_tokens),
-            "progress/tokens_trained": self._totals["trained"],
+            **self.totals,
             "progress/prompts": float(self._ledger.counts["trained"]),
             "progress/epoch": self._ledger.low_water / self._ledger.num_tasks,
         }

@@ -58,6 +58,8 @@ class Run:
     events: Events
     tracker: Trackers
     first_step: int
+    totals: Metrics
+    """Of the run so far; see `StepMetrics.totals`."""
     fingerprint: str
 
     async def train(self, update: Update) -> None:
@@ -76,6 +78,7 @@ class Run:
             first_step=self.first_step,
         )
         self._metrics = StepMetrics(loop, self.ledger, self.engine)
+        self._metrics.totals.update(self.totals)
         self._saved = self.first_step
         try:
             await self.refit.publish(self.first_step)
@@ -126,6 +129,7 @@ class Run:
             "attempt": self.directory.attempt,
             "config_sha256": self.directory.config_sha256,
             "fingerprint": self.fingerprint,
+            "totals": self._metrics.totals,
         }
         with self.events.span("checkpoint", "checkpoint", policy_version=version):
             await write_checkpoint(
@@ -184,6 +188,7 @@ async def open_run(settings: RunSettings, marker: str) -> AsyncIterator[Run]:
             events=events,
             tracker=tracker,
             first_step=checkpoint.step if checkpoint else 0,
+            totals=checkpoint.manifest["totals"] if checkpoint else {},
             fingerprint=tasks_fingerprint,
         )
 
@@ -221,6 +226,7 @@ async def _start(
             writer=writer,
             cores=trainer_cores,
             log_path=directory.logs / "trainer.log",
+            events=events,
         )
     )
 

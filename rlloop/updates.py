@@ -25,7 +25,7 @@ async def optimizer_step(
     trainer: Trainer, adapter: str, samples: Sequence[Sample], loss: Loss, adam: AdamConfig
 ) -> Metrics:
     """forward_backward over all samples, then optim_step, which is the last await. A batch without samples makes no step."""
-    if not samples:
+    if not samples:  # every group got the same reward throughout: there is nothing to learn from
         return {"optim/skipped_steps": 1.0, "optim/lr": adam.lr}
     started = monotonic()
     found = await trainer.forward_backward(adapter, samples, loss)
@@ -40,7 +40,7 @@ async def optimizer_step(
         "optim/skipped_steps": float(result.skipped),
         "optim/nonfinite_steps": float(result.skipped),
         "perf/mfu": found["mfu"],
-        "perf/train_tokens_per_second": found["num_tokens"] / seconds,
+        "perf/train_tokens_per_second": sum(len(sample.tokens) for sample in samples) / seconds,
         "progress/tokens_trained": found["num_tokens"],
         "time/forward_backward": seconds,
         "time/optimizer": monotonic() - stepped,

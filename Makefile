@@ -1,0 +1,40 @@
+# rlloop on a Linux machine with Python >= 3.11 and make; everything is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+MYPY := ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache
+BENCH ?= parity refit overlap against_trl loop_overhead on_stale
+
+.PHONY: help install quickstart test lint bench lock clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install:  ## Install torch (CPU), the lock and the wheel of this checkout into .venv; instant when nothing changed
+	@$(PYTHON) scripts/install.py
+
+quickstart: install  ## Train SmolLM2-135M-Instruct with GRPO until the reward has risen; more flags: ARGS="--seed 1"
+	$(BIN)/rlloop grpo --config examples/quickstart.toml --overwrite $(ARGS)
+
+# PYTHONSAFEPATH keeps the checkout off sys.path, also in the processes that tests start.
+test: lint  ## Lint and types, then all tests against the installed wheel; flags of pytest: ARGS="-k refit"
+	PYTHONSAFEPATH=1 RLLOOP_EXPECT_WHEEL=1 $(BIN)/pytest $(ARGS)
+
+# mypy runs inside tests/, or it would check the checkout's rlloop/ and not the installed one. Tests may omit annotations.
+lint: install  ## ruff and mypy (strict)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd tests && $(MYPY) -p rlloop
+	cd tests && $(MYPY) --explicit-package-bases --allow-untyped-defs --allow-incomplete-defs --allow-any-generics .
+
+bench: install  ## Run every benchmark (hours), or some: BENCH="refit parity"
+	set -e; for name in $(BENCH); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
+
+lock: install  ## Resolve requirements/cpu.txt anew from cpu.in and overrides.txt
+	$(BIN)/python -m pip install --quiet uv
+	echo '# Made by `make lock` from cpu.in and overrides.txt. Install with --no-deps, after the CPU build of torch 2.13.0.' > requirements/cpu.txt.new
+	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 requirements/cpu.in \
+		--override requirements/overrides.txt --no-annotate --no-header >> requirements/cpu.txt.new
+	mv requirements/cpu.txt.new requirements/cpu.txt
+
+clean:  ## Remove .venv and caches; runs/ stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

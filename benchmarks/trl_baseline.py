@@ -1,0 +1,216 @@
+"""TRL's GRPOTrainer on a CPU: the other side of benchmarks/against_trl.py, which starts this as a process of its own.
+
+    python benchmarks/trl_baseline.py --model MODEL_FOLDER --prompts prompts.json --generation transformers
+
+The work of one step: 4 prompts x 8 completions of exactly 24 tokens, LoRA rank 8 on all linear layers, one optimizer
+step, no KL, no second use of a batch. prompts.json is a list of chats, each a list of {"role", "content"} messages.
+Prints one line of JSON: samples/s and seconds of the median step after the warm-up, and where that step's time went.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+GROUPS, GROUP_SIZE, COMPLETION_TOKENS = 4, 8, 24
+SAMPLES = GROUPS * GROUP_SIZE
+
+
+class Stopwatch:
+    """Seconds per name, each moment counted for the innermost name only."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._names = ["other"]
+        self._since = time.perf_counter()
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        self.seconds[self._names[-1]] = self.seconds.get(self._names[-1], 0.0) + now - self._since
+        self._since = now
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[None]:
+        """Count the time inside for `name`."""
+        self._charge()
+        self._names.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._names.pop()
+
+    def wrap(self, owner: Any, method: str, name: Callable[[], str]) -> None:
+        """Replace the method of one object by itself, timed."""
+        original = getattr(owner, method)
+
+        @wraps(original)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.running(name()):
+                return original(*args, **kwargs)
+
+        setattr(owner, method, timed)
+
+    def lap(self) -> dict[str, float]:
+        """What was counted since the last lap."""
+        self._charge()
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+def fraction_of_digits(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
+    """A reward that costs nothing and varies within a group, so that every sample has a gradient."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(character.isdigit() for character in text) / max(len(text), 1) for text in texts]
+
+
+def sync_weights(generation: Any) -> None:
+    """TRL's VLLMGeneration.sync_weights for colocated vLLM, through vLLM's own in-place reload.
+
+    TRL's calls the model's load_weights, which fails on a CPU (see above). The tensors are the same merged ones.
+    """
+    worker = generation.llm.llm_engine.model_executor.driver_worker
+    worker.reload_weights(weights_iterator=generation._iter_named_params())
+    generation.llm.reset_prefix_cache()
+
+
+def build_trainer(options: argparse.Namespace, output_dir: str) -> Any:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    chats = json.loads(options.prompts.read_text())
+    generation: dict[str, Any] = {"generation_kwargs": {"min_new_tokens": COMPLETION_TOKENS}}
+    if options.generation == "vllm":
+        generation = {
+            "use_vllm": True,
+            "vllm_mode": "colocate",
+            "vllm_max_model_length": 512,
+            "vllm_importance_sampling_correction": options.importance_correction,
+            "generation_kwargs": {"ignore_eos": True},
+        }
+    if options.continuous_batching:
+        generation["use_transformers_continuous_batching"] = True
+    config = GRPOConfig(
+        output_dir=output_dir,
+        use_cpu=True,
+        bf16=options.autocast,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=options.microbatch,
+        gradient_accumulation_steps=SAMPLES // options.microbatch,
+        num_generations=GROUP_SIZE,
+        max_completion_length=COMPLETION_TOKENS,
+        temperature=1.0,
+        num_iterations=1,
+        beta=0.0,
+        learning_rate=1e-4,
+        max_steps=options.warmup + options.steps,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        shuffle_dataset=False,
+        **generation,
+    )
+    return GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)),
+        reward_funcs=fraction_of_digits,
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": chat} for chat in chats]),
+        processing_class=AutoTokenizer.from_pretrained(options.model),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+    )
+
+
+def measure(trainer: Any) -> list[dict[str, float]]:
+    """Train; seconds by part of each step."""
+    import torch
+    from transformers import TrainerCallback
+
+    watch = Stopwatch()
+    laps: list[dict[str, float]] = []
+
+    class Laps(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            watch.wrap(trainer.optimizer, "step", lambda: "optimizer")
+            watch.lap()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            laps.append(watch.lap())
+
+    watch.wrap(trainer, "_generate_and_score_completions", lambda: "other")
+    watch.wrap(trainer, "_generate_single_turn", lambda: "generation")
+    watch.wrap(trainer, "_calculate_rewards", lambda: "scoring")
+    watch.wrap(trainer, "training_step", lambda: "forward_backward")
+    # Without gradient it is the pass that recomputes the sampled tokens' logprobs, which TRL makes for vLLM's samples.
+    watch.wrap(
+        trainer,
+        "_get_per_token_logps_and_entropies",
+        lambda: "forward_backward" if torch.is_grad_enabled() else "recompute",
+    )
+    if trainer.use_vllm:
+        trainer.vllm_generation.sync_weights = partial(sync_weights, trainer.vllm_generation)
+        watch.wrap(trainer.vllm_generation, "sync_weights", lambda: "weight_sync")
+    trainer.add_callback(Laps())
+    trainer.train()
+    return laps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a Hugging Face model")
+    parser.add_argument("--prompts", type=Path, required=True, help="JSON: a list of chats")
+    parser.add_argument("--generation", choices=["transformers", "vllm"], default="transformers")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before those")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the frozen weights")
+    parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=True, help="bf16 compute")
+    parser.add_argument("--microbatch", type=int, default=SAMPLES, help="samples of one forward and backward pass")
+    parser.add_argument(
+        "--importance-correction",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="truncated importance sampling against vLLM, for which TRL recomputes the logprobs",
+    )
+    parser.add_argument("--continuous-batching", action="store_true")
+    options = parser.parse_args()
+
+    # In the trainer's own process vLLM must not pin its threads: torch's are the same ones.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+    import torch
+
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer = build_trainer(options, output_dir)
+        torch.set_num_threads(options.threads)  # after vLLM, which sets it
+        laps = measure(trainer)[options.warmup :]
+    step_seconds = statistics.median(sum(lap.values()) for lap in laps)
+    parts = sorted({name for lap in laps for name in lap})
+    print(
+        json.dumps(
+            {
+                "samples_per_second": SAMPLES / step_seconds,
+                "step_seconds": step_seconds,
+                "seconds": {name: statistics.median(lap.get(name, 0.0) for lap in laps) for name in parts},
+                "steps": [sum(lap.values()) for lap in laps],
+                "settings": {name: str(value) for name, value in vars(options).items()},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Samples → packed microbatches under a token budget, each group's prompt computed once. Pure index arithmetic, no torch.
+
+A microbatch is one row of T tokens without padding, cut into segments. A segment attends causally to itself and, if it
+has a prefix, to all of the prefix segment as well. The samples of one group that meet in a microbatch become one prefix
+segment (the tokens before their first `loss_mask`) and a segment each:
+
+    tokens     p p p p a a a b b c c c c | q q q x x x x      two groups: one of three samples, one of a single sample
+    segments   0       1     2   3         4
+    prefix     -       0     0   0         -
+
+What a sample has after the last token that predicts one with loss is not computed at all.
+
+Shapes: T computed tokens, S segments, N tokens with loss.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlloop.types import Sample
+
+IndexArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """What one forward and backward pass computes."""
+
+    tokens: IndexArray
+    """[T] token ids."""
+    positions: IndexArray
+    """[T] position of each token in its own sample."""
+    segment_starts: IndexArray
+    """[S] index of each segment's first token; segments are contiguous and cover all T tokens."""
+    segment_lengths: IndexArray
+    """[S] at least 1."""
+    segment_prefixes: IndexArray
+    """[S] the segment that is this one's prefix, or -1."""
+    hidden_index: IndexArray
+    """[N] the token whose hidden state predicts each loss token; the last of a prefix predicts several."""
+    targets: IndexArray
+    """[N] the token ids that are predicted."""
+    loss_index: IndexArray
+    """[N] place of each loss token in the concatenation of all samples that were packed (not only this microbatch's);
+    ascending, so the tokens are in the order of the samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One sample, cut: `[0, split)` can be shared, `[split, end)` is its own, the rest is not needed."""
+
+    index: int
+    split: int
+    end: int
+
+    @property
+    def num_own(self) -> int:
+        return self.end - self.split
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Samples with one common prefix that go into one microbatch."""
+
+    pieces: list[_Piece]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.pieces[0].split + sum(piece.num_own for piece in self.pieces)
+
+
+def pack(samples: Sequence[Sample], max_tokens: int, *, share_prefixes: bool = True) -> list[Microbatch]:
+    """Microbatches that together hold every loss token of the samples exactly once.
+
+    No microbatch computes more than `max_tokens` tokens, except that a single sample longer than that gets one of its own.
+    Groups stay together where the budget allows it. Placement is best-fit decreasing (Johnson et al. 1974: at most 11/9
+    of the fewest microbatches). Samples without a loss token are left out.
+
+    Raises ValueError when a sample's first token carries loss: nothing predicts it.
+    """
+    units = [unit for group in _groups(samples, share_prefixes) for unit in _split(group, max_tokens)]
+    bins = _best_fit([unit.num_tokens for unit in units], max_tokens)
+    offsets = np.cumsum([0] + [len(sample.tokens) for sample in samples])
+    return [_lay_out(samples, offsets, [units[index] for index in indices]) for indices in bins]
+
+
+def _groups(samples: Sequence[Sample], share_prefixes: bool) -> list[list[_Piece]]:
+    groups: dict[object, list[_Piece]] = {}
+    for index, sample in enumerate(samples):
+        loss_positions = np.flatnonzero(sample.loss_mask)
+        if not len(loss_positions):
+            continue
+        split, end = int(loss_positions[0]), int(loss_positions[-1])  # the token at `end` is predicted, not computed
+        if split == 0:
+            raise ValueError(f"sample {index}: its first token carries loss, but no token before it predicts it")
+        key = (sample.prompt_id, sample.tokens[:split].tobytes()) if share_prefixes else index
+        groups.setdefault(key, []).append(_Piece(index, split, end))
+    return list(groups.values())
+
+
+def _split(group: list[_Piece], max_tokens: int) -> list[_Unit]:
+    """The group whole if it fits, else in as few parts as may be, each of which computes the prefix again."""
+    whole = _Unit(group)
+    if whole.num_tokens <= max_tokens:
+        return [whole]
+    parts = _best_fit([piece.num_own for piece in group], max_tokens - group[0].split)
+    return [_Unit([group[index] for index in indices]) for indices in parts]
+
+
+def _best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of the sizes in bins: largest first, each into the fullest bin that has room; what fits none gets its own."""
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        place = bisect_left(rooms, (sizes[index], 0))
+        if place < len(rooms):
+            room, bin_index = rooms.pop(place)
+        else:
+            room, bin_index = capacity, len(bins)
+            bins.append([])
+        bins[bin_index].append(index)
+        insort(rooms, (room - sizes[index], bin_index))
+    return bins
+
+
+def _lay_out(samples: Sequence[Sample], offsets: IndexArray, units: Sequence[_Unit]) -> Microbatch:
+    tokens: list[NDArray[np.int32]] = []
+    positions: list[IndexArray] = []
+    starts: list[int] = []
+    prefixes: list[int] = []
+    hidden_index: list[IndexArray] = []
+    loss_index: list[IndexArray] = []
+    num_tokens = 0
+
+    def append(sample: Sample, begin: int, end: int, prefix: int) -> int:
+        """-> index of the segment's first token."""
+        nonlocal num_tokens
+        tokens.append(sample.tokens[begin:end])
+        positions.append(np.arange(begin, end))
+        starts.append(num_tokens)
+        prefixes.append(prefix)
+        num_tokens += end - begin
+        return starts[-1]
+
+    for unit in units:
+        first = unit.pieces[0]
+        alone = len(unit.pieces) == 1
+        prefix = len(starts)
+        prefix_start = append(samples[first.index], 0, first.end if alone else first.split, -1)
+        for piece in unit.pieces:
+            sample = samples[piece.index]
+            own_start = prefix_start + piece.split
+            if not alone and piece.num_own:
+                own_start = append(sample, piece.split, piece.end, prefix)
+            predicting = np.flatnonzero(sample.loss_mask) - 1
+            shared = predicting < piece.split  # the last token of the prefix
+            hidden_index.append(np.where(shared, prefix_start + predicting, own_start + predicting - piece.split))
+            loss_index.append(offsets[piece.index] + predicting + 1)
+
+    order = np.argsort(flat := np.concatenate(loss_index))
+    loss_tokens = [
+        samples[piece.index].tokens[samples[piece.index].loss_mask] for unit in units for piece in unit.pieces
+    ]
+    return Microbatch(
+        tokens=np.concatenate(tokens).astype(np.int64),
+        positions=np.concatenate(positions),
+        segment_starts=np.array(starts),
+        segment_lengths=np.diff(starts, append=num_tokens),
+        segment_prefixes=np.array(prefixes),
+        hidden_index=np.concatenate(hidden_index)[order],
+        targets=np.concatenate(loss_tokens).astype(np.int64)[order],
+        loss_index=flat[order],
+    )

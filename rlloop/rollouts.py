@@ -1,0 +1,174 @@
+"""One prompt -> one scored group: all members roll out and are scored at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import anyio
+import numpy as np
+
+from rlloop.config import RunSettings, SamplingSettings
+from rlloop.engine import Engine
+from rlloop.environment import Environment, PromptTooLong
+from rlloop.errors import BadEnvironmentError, RlloopError
+from rlloop.rewards import Scorer, explain
+from rlloop.types import Completion, Failure, GenerationRequest, Group, Prompt, Rollout
+
+
+class Spans(Protocol):
+    """Where durations are recorded."""
+
+    def span(self, name: str, resource: str, *, policy_version: int, **fields: Any) -> AbstractContextManager[Any]:
+        """Measures what runs inside it."""
+        ...
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed of 32 bits from numbers >= 0; the same on every machine, whatever else has been sampled."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+@dataclass
+class EnginePolicy:
+    """See `rlloop.environment.Policy`. The seed of turn t derives from (`seed`, t)."""
+
+    engine: Engine
+    tokenizer: Any
+    policy_version: int
+    sampling: SamplingSettings
+    max_model_len: int
+    seed: int
+    num_turns: int = field(default=0, init=False)
+
+    async def generate(
+        self, tokens: Sequence[int], *, max_tokens: int | None = None, stop: Sequence[str] = ()
+    ) -> Completion:
+        """See `Policy.generate`. Raises ValueError when a later turn has no room."""
+        room = self.max_model_len - len(tokens)
+        if room < 1:
+            message = f"{len(tokens)} tokens leave no room for an answer within {self.max_model_len}"
+            raise ValueError(message) if self.num_turns else PromptTooLong(message)
+        request = GenerationRequest(
+            tokens=tuple(tokens),
+            policy_version=self.policy_version,
+            max_tokens=min(room, max_tokens or self.sampling.max_tokens),
+            temperature=self.sampling.temperature,
+            seed=derive_seed(self.seed, self.num_turns),
+            stop=tuple(stop),
+        )
+        self.num_turns += 1
+        [completion] = await self.engine.generate(request)
+        return completion
+
+
+async def sample_group(
+    prompt: Prompt,
+    *,
+    environment: Environment,
+    scorer: Scorer,
+    engine: Engine,
+    tokenizer: Any,
+    policy_version: int,
+    settings: RunSettings,
+    events: Spans | None = None,
+) -> Group:
+    """Sample and score `settings.group_size` rollouts of the prompt with one policy version.
+
+    A member whose environment or reward raises, or takes too long, becomes one of `Group.failures`. What says nothing
+    about the policy is raised: EngineError and every other RlloopError, PromptTooLong among them. Member m samples with
+    a seed from (`prompt.seed`, m). Spans: `rollout` until the last rollout ends, `score` from the end of the first.
+    """
+    outcomes: dict[int, Rollout | Failure] = {}
+    errors: list[RlloopError] = []
+
+    async def run(member: int) -> None:
+        policy = EnginePolicy(
+            engine=engine,
+            tokenizer=tokenizer,
+            policy_version=policy_version,
+            sampling=settings.sampling,
+            max_model_len=settings.engine.max_model_len,
+            seed=derive_seed(prompt.seed, member),
+        )
+        try:
+            outcome = await _roll_out(environment, prompt.task, policy, settings.environment.rollout_timeout)
+            spans.rolled_out()
+            if isinstance(outcome, Rollout):
+                reward = await scorer.score(prompt.task, outcome)
+                outcome = reward if isinstance(reward, Failure) else replace(outcome, reward=reward)
+            outcomes[member] = outcome
+        except RlloopError as error:
+            errors.append(error)
+            members.cancel_scope.cancel()
+
+    with _GroupSpans(events, settings.group_size, policy_version, prompt.ordinal) as spans:
+        async with anyio.create_task_group() as members:
+            for member in range(settings.group_size):
+                members.start_soon(run, member)
+    if errors:
+        # One member cannot be asked because none can; any other error is news.
+        raise min(errors, key=lambda error: isinstance(error, PromptTooLong))
+    in_order = [outcomes[member] for member in range(settings.group_size)]
+    return Group(
+        prompt=prompt,
+        rollouts=tuple(outcome for outcome in in_order if isinstance(outcome, Rollout)),
+        policy_version=policy_version,
+        failures=tuple(outcome for outcome in in_order if isinstance(outcome, Failure)),
+    )
+
+
+async def _roll_out(environment: Environment, task: Any, policy: EnginePolicy, timeout: float) -> Rollout | Failure:
+    try:
+        with anyio.move_on_after(timeout):
+            rollout = await environment.rollout(task, policy)
+            if not isinstance(rollout, Rollout):
+                raise BadEnvironmentError(f"an environment's rollout() must return a Rollout, but returned {rollout!r}")
+            return rollout
+    except Exception as error:
+        cause = _leaf(error)
+        if isinstance(cause, RlloopError):
+            raise cause from None
+        return Failure("error", "rollout", explain(cause))
+    return Failure("timeout", "rollout", f"not done after {timeout:g} s")
+
+
+def _leaf(error: Exception) -> Exception:
+    """The error that says most: of an environment's own task groups the first RlloopError, else the first of all."""
+    if not isinstance(error, ExceptionGroup):
+        return error
+    leaves = [_leaf(inner) for inner in error.exceptions]
+    return next((leaf for leaf in leaves if isinstance(leaf, RlloopError)), leaves[0])
+
+
+class _GroupSpans:
+    """The spans of one group, whose two stages overlap."""
+
+    def __init__(self, events: Spans | None, num_members: int, policy_version: int, ordinal: int) -> None:
+        self._events = events
+        self._fields = {"policy_version": policy_version, "ordinal": ordinal}
+        self._num_members = num_members
+        self._num_rolled_out = 0
+        self._rollout, self._score = ExitStack(), ExitStack()
+
+    def __enter__(self) -> _GroupSpans:
+        self._begin(self._rollout, "rollout", "engine")
+        return self
+
+    def rolled_out(self) -> None:
+        """One more member is to be scored."""
+        self._num_rolled_out += 1
+        if self._num_rolled_out == 1:
+            self._begin(self._score, "score", "rewards")
+        if self._num_rolled_out == self._num_members:
+            self._rollout.close()
+
+    def __exit__(self, *_: object) -> None:
+        self._rollout.close()
+        self._score.close()
+
+    def _begin(self, stack: ExitStack, name: str, resource: str) -> None:
+        if self._events is not None:
+            stack.enter_context(self._events.span(name, resource, **self._fields))

@@ -1,0 +1,53 @@
+"""The files of a run directory that are always written: metrics.jsonl and completions/."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlloop.tracking import jsonl
+
+
+class Files:
+    """One line of metrics.jsonl per step, one file of completions/ per step.
+
+    Written at once and in the caller's thread: this is the record that stays complete when everything else drops. Each
+    line carries `attempt` (how often the run was started), since a resumed run repeats the steps after its checkpoint.
+    """
+
+    def __init__(self, run_dir: Path, attempt: int):
+        self._attempt = attempt
+        self._folder = run_dir / "completions"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._metrics = jsonl.open_append(run_dir / "metrics.jsonl")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append {step, attempt, time (Unix, s), metric: value ...}."""
+        values = {name: float(value) for name, value in metrics.items()}
+        line = jsonl.encode({"step": step, "attempt": self._attempt, "time": time.time(), **values})
+        jsonl.append(self._metrics, line)
+
+    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write completions/step_000017.jsonl, over what an earlier attempt left of that step."""
+        lines = b"".join(jsonl.encode({"step": step, "attempt": self._attempt, **row}) for row in rows)
+        (self._folder / f"step_{step:06d}.jsonl").write_bytes(lines)
+
+    def close(self) -> None:
+        """Close metrics.jsonl."""
+        self._metrics.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The run's metrics, one dict per step in rising order, as if it had never been interrupted.
+
+    A line supersedes all earlier lines of its step and of later ones: an attempt computed those whose work after the
+    restored checkpoint was thrown away. Non-finite values come back as floats.
+    """
+    kept: list[dict[str, Any]] = []
+    for line in jsonl.read(run_dir / "metrics.jsonl"):
+        while kept and kept[-1]["step"] >= line["step"]:
+            kept.pop()
+        kept.append({name: float(value) if isinstance(value, str) else value for name, value in line.items()})
+    return kept

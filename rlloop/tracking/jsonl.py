@@ -1,0 +1,62 @@
+"""JSON lines that every strict parser reads, whatever the values and however the writer died."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """One line. Non-finite numbers become the strings "NaN", "Infinity" and "-Infinity", which float() reads back."""
+    try:
+        line = json.dumps(record, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError):  # rare, so that the common record is not walked through twice
+        line = json.dumps(_plain(record), allow_nan=False, ensure_ascii=False)
+    return line.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate becomes its JSON escape
+
+
+def open_append(path: Path) -> BinaryIO:
+    """Unbuffered and in append mode, so that the lines of one `append` stay together whoever else appends.
+
+    A line that a killed process left half written is ended, and thereby kept from swallowing the next one.
+    """
+    file = open(path, "ab", buffering=0)  # noqa: SIM115 - the caller closes it
+    if file.tell():
+        with open(path, "rb") as existing:
+            existing.seek(-1, 2)
+            if existing.read() != b"\n":
+                file.write(b"\n")
+    return file
+
+
+def append(file: BinaryIO, lines: bytes) -> None:
+    """Write whole lines with one system call (more only where the disk takes less than it was given)."""
+    rest = memoryview(lines)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file; lines that a killed process left half written are skipped."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+def _plain(value: Any) -> Any:
+    """As JSON's own types: numpy scalars and arrays as numbers, the rest as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
+        return [_plain(item) for item in value]
+    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)

@@ -1,0 +1,129 @@
+"""Every metric of metrics.jsonl. docs/metrics.md is `markdown()` with an introduction; a test compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """What one key means."""
+
+    unit: str
+    meaning: str
+    trl: str = ""
+    """TRL's name for the same or the nearest thing; empty where it has none."""
+
+
+DOCUMENTED: dict[str, Metric] = {
+    "reward/mean": Metric("reward", "Mean over the rollouts of the step.", "reward"),
+    "reward/std": Metric("reward", "Standard deviation over the rollouts of the step.", "reward_std"),
+    "reward/min": Metric("reward", "Least of the step."),
+    "reward/max": Metric("reward", "Greatest of the step."),
+    "reward/frac_zero_std": Metric(
+        "fraction", "Groups whose rollouts all got the same reward: they teach nothing.", "frac_reward_zero_std"
+    ),
+    "completions/mean_length": Metric("tokens", "Mean sampled tokens per rollout.", "completions/mean_length"),
+    "completions/clipped_ratio": Metric(
+        "fraction", "Rollouts that were cut off by the token limit.", "completions/clipped_ratio"
+    ),
+    "loss/policy": Metric("nats", "The policy's loss, as it was differentiated.", "policy_loss"),
+    "policy/entropy": Metric("nats", "Mean entropy of the policy at the sampled tokens.", "entropy"),
+    "policy/kl_ref": Metric("nats", "Mean KL from the policy to the frozen base, per token.", "kl"),
+    "policy/clip_frac_low": Metric("fraction", "Tokens whose ratio was clipped from below.", "clip_ratio/low_mean"),
+    "policy/clip_frac_high": Metric("fraction", "Tokens whose ratio was clipped from above.", "clip_ratio/high_mean"),
+    "policy/sampler_kl_mean": Metric(
+        "nats",
+        "Mean KL from the engine's to the trainer's distribution, per token, estimated on the sampled tokens: "
+        "the early warning that the two disagree.",
+        "sampling/sampling_logp_difference/mean (absolute difference)",
+    ),
+    "policy/sampler_kl_max": Metric(
+        "nats", "Greatest of that over the tokens.", "sampling/sampling_logp_difference/max (absolute difference)"
+    ),
+    "policy/mismatch_ratio_mean": Metric(
+        "ratio",
+        "Mean of exp(old_logprobs - rollout_logprobs), trainer against engine: 1 when they agree.",
+        "sampling/importance_sampling_ratio/mean",
+    ),
+    "policy/mismatch_ratio_max": Metric(
+        "ratio", "Greatest of that over the tokens.", "sampling/importance_sampling_ratio/max"
+    ),
+    "async/staleness_mean": Metric(
+        "versions", "Trainer's version - version that sampled, mean over the step's groups.", "sample/staleness_mean"
+    ),
+    "async/staleness_max": Metric("versions", "Greatest of that.", "sample/staleness_max"),
+    "async/in_flight": Metric("groups", "Being sampled or scored when the step ended.", "rollout/inflight (rollouts)"),
+    "async/dropped_groups": Metric("groups", "Sampled but not trained since the step before, for any reason."),
+    "async/dropped_stale": Metric("groups", "Of those: too old.", "sample/dropped_stale_total (total)"),
+    "async/dropped_failed": Metric("groups", "Of those: too few rollouts left after failures."),
+    "rollout/errors": Metric("rollouts", "Ended by an exception in the environment or the reward, in this step."),
+    "rollout/timeouts": Metric("rollouts", "Ended by a time limit of the rollout or the reward, in this step."),
+    "time/step": Metric("seconds", "Wall time since the step before ended.", "step_time, perf/step_s"),
+    "time/wait_rollouts": Metric("seconds", "The trainer waited for finished groups.", "perf/rollout_wait_s"),
+    "time/forward_backward": Metric("seconds", "Forward and backward passes.", "perf/fwd_bwd_s"),
+    "time/optimizer": Metric("seconds", "The optimizer step.", "perf/optimizer_s"),
+    "time/refit": Metric("seconds", "From the update's end until the engine serves it.", "perf/weight_sync_s"),
+    "time/refit_stall": Metric("seconds", "Of that: the engine could run no forward pass.", "perf/weight_sync_pause_s"),
+    "time/checkpoint": Metric("seconds", "Writing a checkpoint; 0 in steps that write none."),
+    "time/trainer_idle_frac": Metric("fraction", "Of the step in which the trainer did nothing."),
+    "time/engine_idle_frac": Metric("fraction", "Of the step in which the engine had no request."),
+    "refit/export_seconds": Metric("seconds", "In the trainer: flatten, scale, cast and digest the adapter."),
+    "refit/transfer_seconds": Metric(
+        "seconds", "In the engine: from the transport to its device.", "perf/weight_sync_transfer_s"
+    ),
+    "refit/load_seconds": Metric("seconds", "In the engine: into a free slot."),
+    "refit/verify_seconds": Metric("seconds", "In the engine: digest of what the slot holds."),
+    "refit/first_token_seconds": Metric(
+        "seconds", "From the end of the last publish whose version has sampled to the first token that it sampled."
+    ),
+    "refit/longest_gap_seconds": Metric(
+        "seconds", "Longest time between two tokens of one request since the step before, the refit included."
+    ),
+    "perf/overlap_efficiency": Metric(
+        "fraction",
+        "Busy seconds of the busier of engine and trainer / wall seconds: 1 when the other one is hidden behind it.",
+    ),
+    "perf/gen_tokens_per_second": Metric("tokens/s", "Tokens sampled / time/step.", "rollout/generated_tok_s"),
+    "perf/train_tokens_per_second": Metric(
+        "tokens/s",
+        "Tokens of the trained sequences, prompts included / time/forward_backward.",
+        "perf/trained_tok_s_wall_clock",
+    ),
+    "perf/mfu": Metric(
+        "fraction",
+        "Model FLOP/s of the training passes / peak FLOP/s of the trainer's hardware; NaN where that is unknown.",
+        "perf/mfu_wall_clock",
+    ),
+    "optim/grad_norm": Metric(
+        "L2 norm", "Of the adapter's gradient before clipping; raw, so it may be NaN.", "grad_norm"
+    ),
+    "optim/lr": Metric("1", "Learning rate.", "learning_rate"),
+    "optim/skipped_steps": Metric("steps", "Optimizer steps skipped since the run began, for any reason."),
+    "optim/nonfinite_steps": Metric("steps", "Of those: loss or gradient was not finite."),
+    "progress/tokens_sampled": Metric("tokens", "Sampled since the run began, dropped ones included.", "num_tokens"),
+    "progress/tokens_trained": Metric("tokens", "Sampled tokens that were trained on since the run began."),
+    "progress/prompts": Metric("prompts", "Trained on since the run began."),
+    "progress/epoch": Metric("epochs", "Prompts done / tasks of the environment.", "epoch"),
+}
+"""In every line of metrics.jsonl."""
+
+OPTIONAL: dict[str, Metric] = {
+    "reward/<fn>/mean": Metric(
+        "reward", "Mean of one reward function, where an environment has several.", "rewards/<fn>/mean"
+    ),
+    "env/<name>": Metric("any", "Mean over the step's rollouts of what the environment reports in `Rollout.metrics`."),
+}
+"""Only where there is something to report; `<...>` stands for a name."""
+
+
+def markdown() -> str:
+    """The tables of docs/metrics.md."""
+    lines: list[str] = []
+    for title, metrics in (("In every line", DOCUMENTED), ("Where there is something to report", OPTIONAL)):
+        lines += [f"## {title}", "", "| metric | unit | meaning | TRL |", "|---|---|---|---|", *_rows(metrics), ""]
+    return "\n".join(lines)
+
+
+def _rows(metrics: Mapping[str, Metric]) -> list[str]:
+    return [f"| `{key}` | {metric.unit} | {metric.meaning} | {metric.trl} |" for key, metric in metrics.items()]

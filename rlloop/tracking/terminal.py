@@ -1,0 +1,101 @@
+"""What a person sees: a live table on a terminal, one plain line per step elsewhere."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+NUM_ROWS = 10
+
+
+class Terminal:
+    """Step k of N with the time left, reward, loss, staleness, groups in flight, tokens per second and who is idle."""
+
+    def __init__(self, run_dir: Path, num_steps: int, console: Console | None = None):
+        self._run_dir = run_dir
+        self._num_steps = num_steps
+        self._console = console or Console()
+        self._rows: deque[tuple[int, dict[str, str]]] = deque(maxlen=NUM_ROWS)
+        self._seconds: deque[float] = deque(maxlen=NUM_ROWS)
+        self._title = str(run_dir)
+        self._status = ""
+        self._live: Live | None = None
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._live = Live(self._table(), console=self._console, refresh_per_second=4)
+            self._live.start()
+
+    def status(self, text: str) -> None:
+        """What the run is doing, while there is no step to show (`starting engine`)."""
+        self._status = text
+        self._show(text)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One row or line."""
+        if "time/step" in metrics:
+            self._seconds.append(metrics["time/step"])
+        cells = _cells(metrics)
+        progress = f"step {step}/{self._num_steps}"
+        left = f"  ETA {self._eta(step)}" if self._seconds and step < self._num_steps else ""
+        self._rows.append((step, cells))
+        self._title = f"{self._run_dir}  {progress}{left}"
+        self._status = ""
+        self._show(f"{progress}  " + "  ".join(f"{name} {text}" for name, text in cells.items()) + left)
+
+    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing: they are in completions/, and too long for a terminal."""
+
+    def close(self) -> None:
+        """Leave the table as it stands."""
+        self._status = ""
+        if self._live:
+            self._live.update(self._table())
+            self._live.stop()
+
+    def _show(self, line: str) -> None:
+        if self._live:
+            self._live.update(self._table())
+        else:
+            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    def _eta(self, step: int) -> timedelta:
+        seconds_per_step = sum(self._seconds) / len(self._seconds)
+        return timedelta(seconds=round(seconds_per_step * (self._num_steps - step)))
+
+    def _table(self) -> RenderableType:
+        spinner = Spinner("dots", text=Text(self._status)) if self._status else ""
+        if not self._rows:
+            return Group(Text(self._title), spinner)
+        names = list(self._rows[-1][1])
+        table = Table("step", *names, title=Text(self._title), title_justify="left")
+        for column in table.columns:
+            column.justify = "right"
+        for step, cells in self._rows:
+            table.add_row(str(step), *cells.values())
+        return Group(table, spinner)
+
+
+def _cells(metrics: Mapping[str, float]) -> dict[str, str]:
+    def show(key: str, form: str) -> str:
+        return format(metrics[key], form) if key in metrics else "-"
+
+    return {
+        "reward": show("reward/mean", ".3f"),
+        "loss": show("loss/policy", ".4f"),
+        "grad norm": show("optim/grad_norm", ".3f"),
+        "staleness": f"{show('async/staleness_mean', '.1f')} (max {show('async/staleness_max', '.0f')})",
+        "in flight": show("async/in_flight", ".0f"),
+        "gen tok/s": show("perf/gen_tokens_per_second", ",.0f"),
+        "train tok/s": show("perf/train_tokens_per_second", ",.0f"),
+        "engine idle": show("time/engine_idle_frac", ".0%"),
+        "trainer idle": show("time/trainer_idle_frac", ".0%"),
+        "s/step": show("time/step", ".2f"),
+    }

@@ -1,0 +1,258 @@
+"""Rank processes: each builds one object and runs the methods that the event loop names, one call at a time.
+
+    async with Ranks([RankSpec(factory), ...]) as ranks:
+        answer = await ranks.call("forward_backward", ...)      # every rank runs it; rank 0's answer
+
+A rank is spawned (never forked), ignores Ctrl-C (this process decides what happens then), and leaves when its pipe closes,
+so also when this process dies. It is waited for through its pipe: nothing polls, and no thread waits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from rlloop.errors import RlloopError, TrainerError
+from rlloop.processes import blocked_signals
+
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+class Interrupted(TrainerError):
+    """The call was ended between two microbatches because somebody asked for it."""
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a rank knows about itself."""
+
+    rank: int
+    num_ranks: int
+    interrupt_flag: Any
+    """A byte in shared memory: no lock that a killed process could hold."""
+
+    def check_interrupt(self) -> None:
+        """Raise Interrupted when the event loop wants the running call to end."""
+        if self.interrupt_flag.value:
+            raise Interrupted("the trainer's call was interrupted")
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """How to start one rank."""
+
+    factory: Callable[[RankContext], Any]
+    """Picklable; called in the rank. The public methods of its result are what `call` names; `close()` is its last."""
+    cores: frozenset[int] | None = None
+    """Pins the rank to these cores, with as many torch threads; None leaves it to the system."""
+    log_path: Path | None = None
+    """Takes, appended, what the rank and its libraries print; None lets them print."""
+
+
+@dataclass
+class _Rank:
+    process: SpawnProcess
+    pipe: Connection
+    num_owed: int = 1
+    """Replies still to come. The first one says that the factory has returned."""
+    is_built: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    value: Any = None
+    error: RlloopError | None = None
+
+
+class Ranks:
+    """The event loop's side. Entering it starts the processes and does not wait for their factories: the first call does."""
+
+    def __init__(self, specs: Sequence[RankSpec]) -> None:
+        self._specs = specs
+        self._ranks: list[_Rank] = []
+        self._lock = anyio.Lock()
+        self._interrupt_flag = _SPAWN.RawValue(ctypes.c_bool, False)
+
+    async def __aenter__(self) -> Ranks:
+        for rank, spec in enumerate(self._specs):
+            ours, theirs = _SPAWN.Pipe()
+            context = RankContext(rank, len(self._specs), self._interrupt_flag)
+            process = _SPAWN.Process(target=_run, args=(theirs, spec, context), name=f"trainer-{rank}", daemon=True)
+            with blocked_signals(signal.SIGINT), _thread_environment(spec.cores):
+                process.start()
+            theirs.close()
+            self._ranks.append(_Rank(process, ours))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def interrupt(self) -> None:
+        """Make the running call, if it checks, raise Interrupted."""
+        self._interrupt_flag.value = True
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """Run a method in every rank; -> rank 0's answer.
+
+        An RlloopError that a rank raises arrives as itself, any other exception as TrainerError with the rank's traceback.
+        A rank that dies raises TrainerError at once. Cancelling the call interrupts it, and its answer is discarded.
+        """
+        async with self._lock:
+            await self._discard_owed()
+            self._interrupt_flag.value = False
+            try:
+                await anyio.to_thread.run_sync(self._send, (method, args))
+                return await self._first_answer()
+            except anyio.get_cancelled_exc_class():
+                self.interrupt()
+                raise
+
+    async def close(self, timeout: float = 10.0) -> None:
+        """Interrupt what runs, close the pipes (a rank then leaves), wait for `timeout` seconds, kill what is left."""
+        self.interrupt()
+        ranks, self._ranks = self._ranks, []
+        with anyio.CancelScope(shield=True):
+            for rank in ranks:
+                rank.pipe.close()
+            with anyio.move_on_after(timeout):
+                for rank in ranks:
+                    await anyio.wait_readable(rank.process.sentinel)
+            for rank in ranks:
+                rank.process.kill()
+                await anyio.to_thread.run_sync(rank.process.join)
+                rank.process.close()
+
+    def _send(self, message: tuple[str, tuple[Any, ...]]) -> None:
+        """Runs in a thread: pickling and writing a large batch takes a while."""
+        payload = bytes(ForkingPickler.dumps(message))
+        for rank in self._ranks:
+            with suppress(OSError):  # it died; waiting for its reply says how
+                rank.pipe.send_bytes(payload)
+            rank.num_owed += 1
+
+    async def _discard_owed(self) -> None:
+        """Take the replies of cancelled calls, and of the factories, whose errors nobody has seen yet."""
+        if not self._ranks:
+            raise TrainerError("the trainer is not running: use it within `async with`")
+        for index, rank in enumerate(self._ranks):
+            while rank.num_owed:
+                reply = await self._receive(index)
+                if not rank.is_built and reply.error is not None:
+                    raise reply.error
+                rank.is_built = True
+
+    async def _first_answer(self) -> Any:
+        """Rank 0's answer when all have replied, or the first error of any rank: the others may then wait for it forever."""
+        answers: dict[int, Any] = {}
+        errors: list[RlloopError] = []
+
+        async def wait_for(index: int) -> None:
+            try:
+                reply = await self._receive(index)
+            except TrainerError as death:
+                reply = _Reply(error=death)
+            answers[index] = reply.value
+            if reply.error is not None:
+                errors.append(reply.error)
+                tasks.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as tasks:
+            for index in range(len(self._ranks)):
+                tasks.start_soon(wait_for, index)
+        if errors:
+            raise errors[0]
+        return answers[0]
+
+    async def _receive(self, index: int) -> _Reply:
+        rank = self._ranks[index]
+        try:
+            await anyio.wait_readable(rank.pipe.fileno())
+            reply: _Reply = rank.pipe.recv()
+        except (EOFError, OSError):
+            await anyio.to_thread.run_sync(rank.process.join, 5.0)  # its pipe is closed, so it is about to be gone
+            raise _death(index, rank.process.exitcode, self._specs[index].log_path) from None
+        rank.num_owed -= 1
+        return reply
+
+
+def _death(index: int, exit_code: int | None, log_path: Path | None) -> TrainerError:
+    how = f"ended with exit code {exit_code}"
+    if exit_code is not None and exit_code < 0:
+        how = f"was killed by {signal.Signals(-exit_code).name}"
+        if -exit_code == signal.SIGKILL:
+            how += " (out of memory, if nobody did it)"
+    return TrainerError(f"trainer rank {index} {how}" + (f"; its output is in {log_path}" if log_path else ""))
+
+
+@contextmanager
+def _thread_environment(cores: frozenset[int] | None) -> Iterator[None]:
+    """What OpenMP reads when a spawned process loads it, which may be before any of our code runs there."""
+    if cores is None:
+        yield
+        return
+    # Passive: a thread that waits must not keep the core from the engine's.
+    wanted = {"OMP_NUM_THREADS": str(len(cores)), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _run(pipe: Connection, spec: RankSpec, context: RankContext) -> None:
+    """The rank's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if spec.log_path is not None:
+        spec.log_path.parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(spec.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+    if spec.cores is not None:
+        os.sched_setaffinity(0, spec.cores)
+        importlib.import_module("torch").set_num_threads(len(spec.cores))
+    target: Any = None
+
+    def build() -> None:
+        nonlocal target
+        target = spec.factory(context)
+
+    with suppress(EOFError, OSError):  # the event loop's process closed the pipe, or died
+        _answer(pipe, context.rank, build)
+        while target is not None:
+            method, args = pipe.recv()
+            _answer(pipe, context.rank, getattr(target, method), *args)
+    if target is not None:
+        target.close()
+
+
+def _answer(pipe: Connection, rank: int, function: Callable[..., Any], *args: Any) -> None:
+    try:
+        reply = _Reply(value=function(*args))
+    except RlloopError as error:
+        reply = _Reply(error=error)
+    except Exception:
+        reply = _Reply(error=TrainerError(f"trainer rank {rank} raised\n{traceback.format_exc().rstrip()}"))
+    pipe.send(reply)

@@ -1,0 +1,41 @@
+"""Against numbers worked out by hand; tests/test_losses.py compares the same functions with TRL."""
+
+import numpy as np
+import pytest
+
+from rlloop.advantages import group_centred, group_normalised, sequence_weights, token_weights
+
+
+def test_group_centred() -> None:
+    np.testing.assert_allclose(group_centred([1.0, 0.0, 0.0, 0.5]), [0.625, -0.375, -0.375, 0.125], atol=1e-12)
+
+
+def test_group_normalised_divides_by_the_unbiased_standard_deviation() -> None:
+    # mean 2, squared deviations 4 + 0 + 0 + 4, over G - 1 = 3: std 1.6329931618554521
+    expected = [-1.2246699, 0.0, 0.0, 1.2246699]  # 2 / 1.6330931618554521
+    np.testing.assert_allclose(group_normalised([0.0, 2.0, 2.0, 4.0]), expected, atol=1e-6)
+
+
+def test_group_normalised_eps() -> None:
+    # std of (0, 1) is sqrt(1/2) = 0.70710678; 0.5 / (0.70710678 + 0.29289322) = 0.5
+    np.testing.assert_allclose(group_normalised([0.0, 1.0], eps=0.29289322), [-0.5, 0.5], atol=1e-6)
+
+
+@pytest.mark.parametrize("rewards", [[0.3] * 8, [1.0, 1.0], [0.0], [7.0]])
+def test_a_group_that_shows_no_difference_gives_no_credit(rewards: list[float]) -> None:
+    np.testing.assert_allclose(group_normalised(rewards), np.zeros(len(rewards)), atol=1e-9)
+    np.testing.assert_allclose(group_centred(rewards), np.zeros(len(rewards)), atol=1e-9)
+
+
+def test_token_weights_count_every_token_the_same() -> None:
+    np.testing.assert_allclose(token_weights([1, 3, 4]), [0.125, 0.125, 0.125], atol=1e-12)
+
+
+def test_sequence_weights_count_every_sample_the_same() -> None:
+    np.testing.assert_allclose(sequence_weights([1, 2, 4, 5]), [0.25, 0.125, 0.0625, 0.05], atol=1e-12)
+
+
+def test_weights_of_samples_without_loss_tokens_are_finite() -> None:
+    assert np.isfinite(token_weights([0, 0])).all()
+    # The empty sample still counts: the other keeps 1 / (2 * 4).
+    np.testing.assert_allclose(sequence_weights([0, 4])[1], 0.125, atol=1e-12)

@@ -1,0 +1,190 @@
+import asyncio
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from rlloop.events import FLUSH_LINES, Events, chrome_trace
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_busy_is_the_union_of_overlapping_spans():
+    #  100 1 2 3 4 5 6 7 8 9      a: 100-104, b: 102-106 (one stretch of 6 s), c: 108-, still open at 109
+    clock = Clock()
+    events = Events(None, clock=clock)
+    assert events.busy("engine") == 0
+    a, b, c = (events.span(name, "engine") for name in "abc")
+    a.__enter__()
+    clock.now = 102
+    b.__enter__()
+    clock.now = 103
+    assert events.busy("engine") == 3
+    clock.now = 104
+    a.__exit__(None, None, None)
+    clock.now = 106
+    b.__exit__(None, None, None)
+    clock.now = 107
+    assert events.busy("engine") == 6
+    clock.now = 108
+    c.__enter__()
+    clock.now = 109
+    assert events.busy("engine") == 7
+    assert events.busy("trainer") == 0
+
+
+def test_a_line_per_span_and_instant(tmp_path: Path):
+    clock = Clock()
+    events = Events(tmp_path / "events.jsonl", clock=clock)
+    with events.span("rollout", "engine", policy_version=3, ordinal=7):
+        clock.now += 1.5
+        events.instant("admit", "loop", slots=2)
+    with pytest.raises(ValueError, match="bad reward"), events.span("score", "scorer"):
+        raise ValueError("bad reward")
+    events.close()
+    assert lines(tmp_path / "events.jsonl") == [
+        {
+            "name": "admit",
+            "resource": "loop",
+            "start": 101.5,
+            "end": 101.5,
+            "policy_version": None,
+            "fields": {"slots": 2},
+        },
+        {
+            "name": "rollout",
+            "resource": "engine",
+            "start": 100.0,
+            "end": 101.5,
+            "policy_version": 3,
+            "fields": {"ordinal": 7},
+        },
+        {
+            "name": "score",
+            "resource": "scorer",
+            "start": 101.5,
+            "end": 101.5,
+            "policy_version": None,
+            "fields": {},
+            "error": "ValueError: bad reward",
+        },
+    ]
+
+
+def test_a_cancelled_span_ends_and_says_so(tmp_path: Path):
+    events = Events(tmp_path / "events.jsonl")
+
+    async def main() -> None:
+        async def forever() -> None:
+            with events.span("rollout", "engine"):
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(forever())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(main())
+    before = events.busy("engine")
+    time.sleep(0.01)
+    assert events.busy("engine") == before
+    events.close()
+    assert lines(tmp_path / "events.jsonl")[0]["error"].startswith("CancelledError")
+
+
+def test_buffered_until_flush_and_bounded(tmp_path: Path):
+    path = tmp_path / "events.jsonl"
+    events = Events(path)
+    events.instant("a", "loop")
+    assert path.read_text() == ""
+    events.flush()
+    assert len(lines(path)) == 1
+    for _ in range(FLUSH_LINES):
+        events.instant("b", "loop")
+    assert len(lines(path)) == 1 + FLUSH_LINES
+    events.close()
+    events.close()
+
+
+def test_two_writers_never_tear_a_line(tmp_path: Path):
+    path = tmp_path / "events.jsonl"
+
+    def write(name: str) -> None:
+        events = Events(path)
+        for number in range(3000):
+            events.instant(name, "loop", text="x" * (number % 300))
+            if number % 7 == 0:
+                events.flush()
+        events.close()
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(lines(path)) == 6000
+
+
+def test_a_full_disk_costs_lines_but_not_the_run(caplog: pytest.LogCaptureFixture):
+    events = Events(Path("/dev/full"))
+    for _ in range(3):
+        events.instant("a", "loop")
+        events.flush()
+    events.close()
+    assert events.lost_lines == 3
+    assert [record.message for record in caplog.records] == [
+        "events.jsonl failed, the run goes on; later failures are only counted"
+    ]
+
+
+def test_fifty_thousand_spans_a_second(tmp_path: Path):
+    events = Events(tmp_path / "events.jsonl")
+
+    def rate() -> float:
+        start = time.process_time()
+        for ordinal in range(10_000):
+            with events.span("rollout", "engine", policy_version=3, ordinal=ordinal):
+                pass
+        return 10_000 / (time.process_time() - start)
+
+    assert max(rate() for _ in range(5)) > 50_000
+    events.close()
+    assert len(lines(tmp_path / "events.jsonl")) == 50_000
+
+
+def test_chrome_trace_gives_overlapping_spans_lanes(tmp_path: Path):
+    clock = Clock()
+    events = Events(tmp_path / "events.jsonl", clock=clock)
+    with events.span("a", "engine", policy_version=1):
+        clock.now = 101
+        with events.span("b", "engine"):
+            clock.now = 102
+    with events.span("c", "engine"), events.span("step", "trainer"):
+        clock.now = 103
+    events.instant("refit", "loop")
+    events.close()
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"name": "torn by a ki')
+    chrome_trace(tmp_path / "events.jsonl", tmp_path / "trace.json")
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in trace if event["ph"] == "M"}
+    placed = {e["name"]: (names[e["pid"]], e["tid"], e["ts"], e.get("dur")) for e in trace if e["ph"] != "M"}
+    assert placed == {
+        "a": ("engine", 0, 100e6, 2e6),
+        "b": ("engine", 1, 101e6, 1e6),
+        "c": ("engine", 0, 102e6, 1e6),
+        "step": ("trainer", 0, 102e6, 1e6),
+        "refit": ("loop", 0, 103e6, None),
+    }

@@ -1,0 +1,247 @@
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+
+from rlloop.config import EngineSettings, EnvironmentSettings, RunSettings, SamplingSettings
+from rlloop.environment import Policy, PromptTooLong, Trajectory
+from rlloop.errors import BadEnvironmentError, EngineError
+from rlloop.rollouts import EnginePolicy, derive_seed, sample_group
+from rlloop.types import Completion, Failure, GenerationRequest, Group, Prompt, Rollout
+
+
+class Engine:
+    """Answers with the request's seed as its only token; `fail(request)` may raise."""
+
+    def __init__(self, fail: Callable[[GenerationRequest], None] = lambda request: None) -> None:
+        self.requests: list[GenerationRequest] = []
+        self._fail = fail
+
+    async def generate(self, request: GenerationRequest) -> list[Completion]:
+        self.requests.append(request)
+        await anyio.lowlevel.checkpoint()
+        self._fail(request)
+        assert request.seed is not None
+        tokens = np.array([request.seed >> 1], np.int32)
+        return [Completion(tokens, np.array([-1], np.float32), request.policy_version, "stop")]
+
+
+class Environment:
+    """Rolls out `num_turns` turns; `instead` is what the first members to begin do."""
+
+    def __init__(self, *instead: str, num_turns: int = 1, prompt_length: int = 3) -> None:
+        self._instead = [*instead, *[""] * 100]
+        self._num_turns = num_turns
+        self._prompt_length = prompt_length
+        self.num_begun = 0
+
+    async def rollout(self, task: Any, policy: Policy) -> Rollout:
+        instead = self._instead[self.num_begun]
+        self.num_begun += 1
+        trajectory = Trajectory()
+        trajectory.observe([0] * self._prompt_length)
+        match instead:
+            case "raise":
+                raise KeyError("tool")
+            case "time out itself":
+                raise TimeoutError("tool")
+            case "hang":
+                await anyio.sleep_forever()
+            case "return None":
+                return None  # type: ignore[return-value]
+            case "sample twice at once":
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(policy.generate, [1])
+                    tasks.start_soon(policy.generate, [2])
+        for _ in range(self._num_turns):
+            trajectory.act(await policy.generate(trajectory.tokens))
+        return trajectory.finish(f"answer {instead}", "stop")
+
+    def __len__(self) -> int:
+        return 1
+
+    def task(self, index: int) -> Any:
+        return index
+
+    def score(self, task: Any, rollout: Rollout) -> float:
+        raise AssertionError("scoring is the scorer's")
+
+
+class Scores:
+    def __init__(self, outcome: float | Failure = 1.0) -> None:
+        self._outcome = outcome
+
+    async def score(self, task: Any, rollout: Rollout) -> float | Failure:
+        await anyio.sleep(0.05)
+        return self._outcome
+
+
+class Events:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def span(self, name: str, resource: str, **fields: Any) -> Iterator[None]:
+        self.lines.append(f"{name} on {resource} begins {fields}")
+        yield
+        self.lines.append(f"{name} ends")
+
+
+PROMPT = Prompt(ordinal=5, index=2, seed=77, task="task")
+
+
+def settings(**environment: float) -> RunSettings:
+    return RunSettings(
+        group_size=4,
+        sampling=SamplingSettings(max_tokens=8, temperature=0.7),
+        engine=EngineSettings(max_model_len=16),
+        environment=EnvironmentSettings(**environment),
+    )
+
+
+async def sample(
+    environment: Environment, engine: Engine | None = None, scores: Scores | None = None, **options: Any
+) -> Group:
+    return await sample_group(
+        options.pop("prompt", PROMPT),
+        environment=environment,
+        scorer=scores or Scores(),  # type: ignore[arg-type]
+        engine=engine or Engine(),  # type: ignore[arg-type]
+        tokenizer=None,
+        policy_version=3,
+        settings=options.pop("settings", settings()),
+        **options,
+    )
+
+
+@pytest.mark.anyio
+async def test_a_group_is_scored_and_asked_as_the_settings_say() -> None:
+    engine = Engine()
+    group = await sample(Environment(), engine, Scores(0.25))
+    assert (group.prompt, group.policy_version, group.failures) == (PROMPT, 3, ())
+    assert [rollout.reward for rollout in group.rollouts] == [0.25] * 4
+    for request in engine.requests:
+        assert (request.tokens, request.policy_version, request.n) == ((0, 0, 0), 3, 1)
+        assert (request.max_tokens, request.temperature) == (8, 0.7)
+
+
+@pytest.mark.anyio
+async def test_seeds_depend_on_prompt_and_member_and_turn_alone() -> None:
+    def tokens(group: Group) -> list[list[int]]:
+        return [rollout.tokens.tolist() for rollout in group.rollouts]
+
+    first = await sample(Environment(num_turns=2))
+    again = await sample(Environment(num_turns=2))
+    other = await sample(Environment(num_turns=2), prompt=Prompt(ordinal=6, index=2, seed=78, task="task"))
+    assert tokens(first) == tokens(again)
+    sampled = [token for row in tokens(first) + tokens(other) for token in row[3:]]
+    assert len(set(sampled)) == len(sampled) == 16
+    # Two members are the same when the others fail (which ones do, trio decides at random).
+    fewer = await sample(Environment("raise", "raise", num_turns=2))
+    in_order = iter(tokens(first))
+    assert len(fewer.rollouts) == 2
+    assert all(row in in_order for row in tokens(fewer))
+
+
+def test_derived_seeds_never_change() -> None:
+    assert [derive_seed(0, 0), derive_seed(0, 1), derive_seed(77, 3)] == [2968811710, 3964924996, 3288716977]
+    assert derive_seed(1, 2) != derive_seed(2, 1)
+
+
+@pytest.mark.anyio
+async def test_an_environment_that_fails_gives_failures() -> None:
+    environment = Environment("raise", "hang", "time out itself")
+    with anyio.fail_after(1.1):
+        group = await sample(environment, settings=settings(rollout_timeout=0.1))
+    assert [rollout.text for rollout in group.rollouts] == ["answer "]
+    assert {failure.stage for failure in group.failures} == {"rollout"}
+    raised, timed_out_itself, timed_out = sorted((failure.kind, failure.message) for failure in group.failures)
+    assert timed_out == ("timeout", "not done after 0.1 s")
+    assert raised[0] == timed_out_itself[0] == "error"
+    assert raised[1].startswith("KeyError: 'tool' (test_rollouts.py:")
+    assert timed_out_itself[1].startswith("TimeoutError: tool (test_rollouts.py:")
+
+
+@pytest.mark.anyio
+async def test_a_reward_that_fails_gives_failures() -> None:
+    failure = Failure("timeout", "score", "too slow")
+    group = await sample(Environment(), scores=Scores(failure))
+    assert (group.rollouts, group.failures) == ((), (failure,) * 4)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("instead", ["", "sample twice at once"])
+async def test_an_engine_error_is_never_a_failure(instead: str) -> None:
+    def die(request: GenerationRequest) -> None:
+        raise EngineError("the engine died")
+
+    with anyio.fail_after(2), pytest.raises(EngineError, match="the engine died"):
+        await sample(Environment(instead, "hang"), Engine(die))
+
+
+@pytest.mark.anyio
+async def test_a_rollout_that_is_none_breaks_the_contract() -> None:
+    with pytest.raises(BadEnvironmentError, match="must return a Rollout, but returned None"):
+        await sample(Environment("return None"))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("length", "room"), [(9, 7), (15, 1), (16, None), (17, None)])
+async def test_a_prompt_without_room_is_not_asked(length: int, room: int | None) -> None:
+    engine, environment = Engine(), Environment(prompt_length=length)
+    if room is None:
+        with pytest.raises(PromptTooLong, match=f"{length} tokens leave no room"):
+            await sample(environment, engine)
+        assert not engine.requests
+    else:
+        group = await sample(environment, engine)
+        assert len(group.rollouts) == 4
+        assert {request.max_tokens for request in engine.requests} == {room}
+
+
+@pytest.mark.anyio
+async def test_a_later_turn_without_room_fails_that_rollout() -> None:
+    group = await sample(Environment(num_turns=2, prompt_length=15))
+    assert len(group.failures) == 4
+    assert group.failures[0].message.startswith("ValueError: 16 tokens leave no room")
+
+
+@pytest.mark.anyio
+async def test_what_ends_the_run_comes_before_a_long_prompt() -> None:
+    engine = Engine()
+
+    class Mixed(Environment):
+        async def rollout(self, task: Any, policy: Policy) -> Rollout:
+            self.num_begun += 1
+            if self.num_begun == 4:
+                raise EngineError("the engine died")
+            raise PromptTooLong("17 tokens")
+
+    with pytest.raises(EngineError, match="the engine died"):
+        await sample(Mixed(), engine)
+
+
+@pytest.mark.anyio
+async def test_the_spans_of_a_group_overlap() -> None:
+    events = Events()
+    await sample(Environment("", "raise", "hang"), settings=settings(rollout_timeout=0.2), events=events)
+    assert events.lines == [
+        "rollout on engine begins {'policy_version': 3, 'ordinal': 5}",
+        "score on rewards begins {'policy_version': 3, 'ordinal': 5}",
+        "rollout ends",
+        "score ends",
+    ]
+
+
+@pytest.mark.anyio
+async def test_a_policy_passes_on_what_the_environment_asks() -> None:
+    engine = Engine()
+    policy = EnginePolicy(engine, None, 1, SamplingSettings(max_tokens=8), 16, seed=1)  # type: ignore[arg-type]
+    await policy.generate([1, 2], max_tokens=3, stop=["\n"])
+    await policy.generate([1, 2])
+    first, second = engine.requests
+    assert (first.max_tokens, first.stop, second.max_tokens, second.stop) == (3, ("\n",), 8, ())
+    assert first.seed != second.seed

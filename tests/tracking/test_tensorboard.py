@@ -1,0 +1,15 @@
+from pathlib import Path
+
+from rlloop.config import RunSettings
+from rlloop.tracking import open_trackers
+
+
+def test_scalars_are_written(tmp_path: Path):
+    settings = RunSettings.model_validate({"tracking": {"tensorboard": True}})
+    trackers = open_trackers(settings, tmp_path, attempt=1)
+    trackers.log(1, {"reward/mean": 0.5, "optim/grad_norm": float("nan")})
+    trackers.completions(1, [{"text": "x"}])
+    trackers.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert b"reward/mean" in file.read_bytes()
+    assert trackers.failures == {"files": 0, "terminal": 0, "TensorBoard": 0}

@@ -1,0 +1,66 @@
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from rlloop.tracking.terminal import NUM_ROWS, Terminal
+
+METRICS = {
+    "reward/mean": 0.5318,
+    "loss/policy": -0.01234,
+    "optim/grad_norm": float("nan"),
+    "async/staleness_mean": 1.25,
+    "async/staleness_max": 2.0,
+    "async/in_flight": 24.0,
+    "perf/gen_tokens_per_second": 1234.4,
+    "perf/train_tokens_per_second": 567.0,
+    "time/engine_idle_frac": 0.125,
+    "time/trainer_idle_frac": 0.4,
+    "time/step": 3.0,
+}
+
+
+def plain() -> tuple[Terminal, io.StringIO]:
+    out = io.StringIO()
+    return Terminal(Path("runs/a"), 20, Console(file=out, width=80)), out
+
+
+def test_one_plain_line_per_step():
+    terminal, out = plain()
+    terminal.status("waiting for rollouts [8/64]")
+    terminal.log(17, METRICS)
+    terminal.log(20, {})
+    terminal.close()
+    assert out.getvalue().splitlines() == [
+        "waiting for rollouts [8/64]",
+        "step 17/20  reward 0.532  loss -0.0123  grad norm nan  staleness 1.2 (max 2)  in flight 24  gen tok/s 1,234  "
+        "train tok/s 567  engine idle 12%  trainer idle 40%  s/step 3.00  ETA 0:00:09",
+        "step 20/20  reward -  loss -  grad norm -  staleness - (max -)  in flight -  gen tok/s -  "
+        "train tok/s -  engine idle -  trainer idle -  s/step -",
+    ]
+
+
+def test_live_table_on_a_terminal():
+    out = io.StringIO()
+    terminal = Terminal(Path("runs/a"), 40, Console(file=out, width=160, force_terminal=True, _environ={}))
+    terminal.status("starting engine")
+    for step in range(1, 31):
+        terminal.log(step, {**METRICS, "reward/mean": 0.5 + step / 1000})
+    terminal.close()
+    text = out.getvalue()
+    assert "\x1b[?25l" in text  # the cursor is hidden while it is live,
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # and back after close
+    last = text[text.rindex("runs/a") :]
+    assert "step 30/40  ETA 0:00:30" in last
+    rewards = [f"{0.5 + step / 1000:.3f}" for step in range(1, 31)]
+    assert [reward for reward in rewards if reward in last] == rewards[-NUM_ROWS:]
+    assert "starting engine" not in last
+
+
+def test_status_is_seen_before_the_first_step():
+    out = io.StringIO()
+    terminal = Terminal(Path("runs/a"), 40, Console(file=out, width=100, force_terminal=True, _environ={}))
+    terminal.status("starting [engine]")
+    terminal._live.refresh()
+    assert "starting [engine]" in out.getvalue()
+    terminal.close()
