@@ -44,10 +44,14 @@ class Report:
         print(text, flush=True)
         self._lines.append(text)
 
-    def table(self, title: str, rows: Sequence[Mapping[str, Cell]]) -> None:
-        """Print rows, whose keys are the columns' titles. Floats are shown with three digits, None as a dash."""
+    def table(self, title: str, rows: Sequence[Mapping[str, Cell]], formats: Mapping[str, str] | None = None) -> None:
+        """Print rows, whose keys are the columns' titles.
+
+        `formats` maps titles to what str.format takes; without one, floats have three digits. None is a dash.
+        """
+        formats = formats or {}
         self._tables[title] = [dict(row) for row in rows]
-        cells = [list(rows[0]), *([_show(row[column]) for column in rows[0]] for row in rows)]
+        cells = [list(rows[0]), *([_show(row[column], formats.get(column)) for column in rows[0]] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
         lines.insert(1, "  ".join("-" * width for width in widths))
@@ -65,9 +69,11 @@ class Report:
         (RESULTS / f"{self._name}.json").write_text(json.dumps(everything, indent=1) + "\n")
 
 
-def _show(cell: Cell) -> str:
+def _show(cell: Cell, template: str | None) -> str:
     if cell is None:
         return "-"
+    if template:
+        return template.format(cell)
     if isinstance(cell, float):
         return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
     return f"{cell:,}" if isinstance(cell, int) else cell

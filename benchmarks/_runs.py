@@ -54,9 +54,9 @@ def run_grpo(run_dir: Path, *flags: str) -> Figures:
     return Figures(read_metrics(run_dir), end - begin, rows)
 
 
-def endless_model(folder: Path) -> Path:
-    """SmolLM2 with an end-of-sequence token that it never samples, so that every completion has `max_tokens` tokens."""
-    shutil.copytree(resolve_model("SmolLM2-135M-Instruct"), folder, dirs_exist_ok=True)
+def endless_model(name: str, folder: Path) -> Path:
+    """The model (SmolLM2) with an end-of-sequence token that it never samples, so that every completion has `max_tokens` tokens."""
+    shutil.copytree(resolve_model(name), folder, dirs_exist_ok=True)
     unused = "<gh_stars>"  # a special token of its pre-training data
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": unused}))

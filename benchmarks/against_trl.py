@@ -45,7 +45,7 @@ def main() -> None:
     ours: list[Figures] = []
     theirs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     with tempfile.TemporaryDirectory() as scratch:
-        model = endless_model(Path(scratch) / "model")
+        model = endless_model("SmolLM2-135M-Instruct", Path(scratch) / "model")
         prompts = Path(scratch) / "prompts.json"
         arithmetic = Arithmetic()
         prompts.write_text(json.dumps([arithmetic.messages(arithmetic.task(i)) for i in range(4 * options.steps)]))

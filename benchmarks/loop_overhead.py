@@ -181,3 +181,63 @@ async def run(num_in_flight: int, num_samples: int, num_tokens: int) -> list[Mar
         events.close()
     assert ledger.counts["trained"] == num_steps * groups_per_step
     return stages.marks
+
+
+def rates(marks: Sequence[Mark], per_step: int) -> dict[str, Cell]:
+    """Between the second step and the last admission, so that starting and draining are left out."""
+    steady = marks[1 : -MAX_STALENESS - 1]
+    first, last = steady[0], steady[-1]
+    num_samples = (len(steady) - 1) * per_step
+    cpu = last.cpu - first.cpu
+    return {
+        "least in flight": min(mark.in_flight for mark in steady),
+        "samples/s": num_samples / (last.wall - first.wall),
+        "samples/CPU s": num_samples / cpu,
+        "CPU us/sample": cpu / num_samples * 1e6,
+    }
+
+
+def measure(num_in_flight: int, num_samples: int, num_tokens: int, uvloop: bool) -> tuple[dict[str, Cell], list[Mark]]:
+    """One row of the table, and its readings."""
+    gc.collect()
+    before = Mark.now()
+    marks = anyio.run(run, num_in_flight, num_samples, num_tokens, backend_options={"use_uvloop": uvloop})
+    row: dict[str, Cell] = {
+        "in flight": num_in_flight,
+        "tokens": num_tokens,
+        "loop": "uvloop" if uvloop else "asyncio",
+        **rates(marks, num_in_flight // (MAX_STALENESS + 1)),
+        "KiB/sample in flight": (max(mark.rss for mark in marks) - before.rss) / num_in_flight / 2**10,
+    }
+    return row, marks
+
+
+def memory_rows(marks: Sequence[Mark], per_step: int, num_rows: int = 10) -> list[dict[str, Cell]]:
+    """RSS at equal distances."""
+    every = len(marks) // num_rows
+    return [
+        {"samples": (number + 1) * per_step, "RSS MiB": round(mark.rss / 2**20, 1)}
+        for number, mark in list(enumerate(marks))[every - 1 :: every]
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", type=int, metavar="IN_FLIGHT", help="print where the time goes; write nothing")
+    parser.add_argument("--samples", type=int, default=10**6, help="of the run that watches the memory")
+    args = parser.parse_args()
+    if args.profile:
+        with cProfile.Profile() as profile:
+            measure(args.profile, 10 * args.profile, 4, uvloop=False)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(40)
+        return
+    report = Report("loop_overhead", ["anyio", "uvloop", "numpy"])
+    rows = []
+    # Ascending, because memory that a larger run has freed would hide what a smaller one takes.
+    for num_in_flight, num_samples in ((10**3, 40_000), (10**4, 100_000), (10**5, 400_000)):
+        for uvloop in (False, True):
+            rows.append(measure(num_in_flight, num_samples, 4, uvloop)[0])
+    rows.append(measure(10**3, 20_000, 1024, uvloop=False)[0])
+    report.table("Cost of a sample", rows)
+    per_step = 10**3 // (MAX_STALENESS + 1)
+    row, marks = measure(10**3, args.samples, 4, uvloop=False)

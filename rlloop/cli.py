@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
+import shlex
 import sys
 from types import ModuleType
 
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except Stopped as stop:
-        sys.stderr.write(f"{stop}; continue with: rlloop {' '.join(_resumed(arguments))}\n")
+        sys.stderr.write(f"{stop}; continue with: rlloop {shlex.join(_resumed(arguments))}\n")
         return stop.exit_code
     except RlloopError as error:
         sys.stderr.write(f"error: {error}\n{_where(settings)}")

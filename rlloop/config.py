@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_config import BaseConfig, ConfigFileError, cli
 
 from rlloop.errors import ConfigError
-from rlloop.types import AdamConfig
+from rlloop.types import AdamConfig, LoraConfig
 
 
 class Settings(BaseConfig):
@@ -47,6 +47,11 @@ class EngineSettings(Settings):
     max_staleness is 0."""
 
 
+def _from_commas(value: Any) -> Any:
+    """Flags bring arrays as one string."""
+    return value.split(",") if isinstance(value, str) else value
+
+
 class LoraSettings(Settings):
     """The adapter that is trained."""
 
@@ -54,8 +59,8 @@ class LoraSettings(Settings):
     """Rank of B A."""
     alpha: float = Field(32.0, gt=0)
     """The update is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Linear layers that get an adapter."""
+    targets: Annotated[tuple[str, ...], BeforeValidator(_from_commas)] = Field(LoraConfig().targets, min_length=1)
+    """Linear layers that get an adapter: `q_proj,v_proj`, or a TOML array."""
 
 
 class OptimSettings(Settings):
@@ -135,13 +140,18 @@ class EnvironmentSettings(Settings):
     """A group with fewer rollouts left after failures is dropped."""
 
 
+_TABLE = "a table, as JSON such as '{\"max_operand\": 20}'"
+
+
 def _from_json(value: Any) -> Any:
     """Flags bring tables as JSON."""
     if isinstance(value, str):
         try:
-            return json.loads(value)
+            value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"expected a JSON object such as '{{\"max_operand\": 20}}': {error}") from error
+            raise ValueError(f"expected {_TABLE}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected {_TABLE}, got {value!r}")
     return value
 
 
@@ -248,6 +258,9 @@ def parse(settings: type[SettingsT], args: list[str], prog: str) -> tuple[Settin
             rest += ["@", file]
         else:
             rest.append(argument)
+    for flag, other in (("--resume", "--overwrite"), ("--overwrite", "--resume")):
+        if flag in rest and other not in rest:  # they exclude each other, and a flag wins over a file
+            rest.append(f"--no-{other[2:]}")
     epilog = (
         "\n\n--config FILE reads settings from a TOML file; flags win over it. --dry-run prints the resolved settings."
     )
@@ -255,4 +268,6 @@ def parse(settings: type[SettingsT], args: list[str], prog: str) -> tuple[Settin
         resolved = cli(settings, args=rest, prog=prog, description=(settings.__doc__ or "").strip() + epilog)
     except ConfigFileError as error:
         raise ConfigError(str(error)) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{rest[rest.index(error.doc) - 1]}: expected {_TABLE}: {error} (got {error.doc!r})") from error
     return resolved, dry_run

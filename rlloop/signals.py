@@ -27,10 +27,15 @@ async def stop_on_signals() -> AsyncIterator[None]:
                 received.append(number)
                 work.cancel()
 
-    async with create_task_group() as tasks:
-        with CancelScope() as work:
-            await tasks.start(watch)
-            yield
-        tasks.cancel_scope.cancel()
+    try:
+        async with create_task_group() as tasks:
+            with CancelScope() as work:
+                await tasks.start(watch)
+                yield
+            tasks.cancel_scope.cancel()
+    except Exception as error:
+        if received:  # a signal to the whole process group ends the engine, too, and its requests then fail
+            raise Stopped(received[0]) from error
+        raise
     if received:
         raise Stopped(received[0])

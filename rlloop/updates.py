@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import monotonic
 
+from anyio import CancelScope
+
 from rlloop.trainer import Loss, Trainer
 from rlloop.types import AdamConfig, Metrics, Sample
 
@@ -24,13 +26,14 @@ PER_TOKEN = {
 async def optimizer_step(
     trainer: Trainer, adapter: str, samples: Sequence[Sample], loss: Loss, adam: AdamConfig
 ) -> Metrics:
-    """forward_backward over all samples, then optim_step, which is the last await. A batch without samples makes no step."""
+    """forward_backward over all samples, then optim_step, which is the last await and not cancelled. A batch without samples makes no step."""
     if not samples:  # every group got the same reward throughout: there is nothing to learn from
         return {"optim/skipped_steps": 1.0, "optim/lr": adam.lr}
     started = monotonic()
     found = await trainer.forward_backward(adapter, samples, loss)
     stepped = monotonic()
-    result = await trainer.optim_step(adapter, adam)
+    with CancelScope(shield=True):  # once sent it is made: the ledger must hear of it, or a resume trains the groups again
+        result = await trainer.optim_step(adapter, adam)
     seconds = stepped - started
     return {
         "loss/policy": found["loss"],

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,3 +16,32 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder in float32; its first use on a machine converts it."""
     return Path(resolve_model(SMOLLM2))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with SmolLM2's tokenizer, in float32: vLLM and the trainer load it in no time."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,  # one that vLLM's attention on CPUs supports
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.2,  # far from uniform
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

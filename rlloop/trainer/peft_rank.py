@@ -39,7 +39,12 @@ class _Adapter:
     """By PEFT's names, those of adapter_model.safetensors."""
     optimizer: torch.optim.AdamW
     loss_was_finite: bool = True
+    """Of all that is in the gradient."""
     num_skipped_in_a_row: int = 0
+
+    def discard_gradient(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss_was_finite = True
 
 
 @dataclass
@@ -101,7 +106,9 @@ class PeftRank:
         self._peft: peft.PeftModel | None = None
         self._adapters: dict[str, _Adapter] = {}
         self._active: str | None = None
-        self._num_body = sum(m.weight.numel() for m in self._decoder.modules() if isinstance(m, nn.Linear))
+        linear = {path: module for path, module in self._decoder.named_modules() if isinstance(module, nn.Linear)}
+        self._linear_names = {path.rpartition(".")[2] for path in linear}
+        self._num_body = sum(module.weight.numel() for module in linear.values())
         self._peak_flops = _measure_peak(self._device, self._dtype)
 
     def close(self) -> None:
@@ -112,6 +119,10 @@ class PeftRank:
         """A is drawn by parameter name, so it depends on neither layout nor other adapters."""
         if name in self._adapters:
             raise TrainerError(f"adapter {name!r} exists already")
+        if unknown := sorted(set(lora.targets) - self._linear_names):  # PEFT ignores them while any other fits
+            raise TrainerError(
+                f"lora.targets: expected names among {', '.join(sorted(self._linear_names))}, got {', '.join(unknown)}"
+            )
         config = peft.LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), task_type="CAUSAL_LM"
         )
@@ -120,10 +131,11 @@ class PeftRank:
             self._peft = peft.get_peft_model(self._base, config, adapter_name=name)
         else:
             self._peft.add_adapter(name, config)
+        endings = (f".lora_A.{name}.weight", f".lora_B.{name}.weight")
         parameters = {
-            parameter_name.replace(f".{name}.weight", ".weight"): parameter
+            parameter_name.removesuffix(f".{name}.weight") + ".weight": parameter
             for parameter_name, parameter in self._peft.named_parameters()
-            if parameter_name.endswith(f".{name}.weight")
+            if parameter_name.endswith(endings)
         }
         with torch.no_grad():
             for parameter_name, parameter in parameters.items():
@@ -167,12 +179,12 @@ class PeftRank:
                 # Forward, and backward to the activations only: 2 x 2 operations for each weight and token.
                 flops += 4 * (self._num_body * len(microbatch.tokens) + self._head.numel() * len(microbatch.targets))
         except torch.OutOfMemoryError as error:
-            adapter.optimizer.zero_grad()
+            adapter.discard_gradient()
             raise TrainerError(
                 f"lower trainer.max_tokens_per_microbatch: the trainer ran out of memory ({error})"
             ) from error
         except Exception:
-            adapter.optimizer.zero_grad()
+            adapter.discard_gradient()
             raise
         seconds = time.perf_counter() - started
         return totals.result() | {
@@ -195,8 +207,7 @@ class PeftRank:
             for group in adapter.optimizer.param_groups:
                 group.update(lr=adam.lr, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay)
             adapter.optimizer.step()
-        adapter.optimizer.zero_grad()
-        adapter.loss_was_finite = True
+        adapter.discard_gradient()
         adapter.num_skipped_in_a_row = adapter.num_skipped_in_a_row + 1 if skipped else 0
         if adapter.num_skipped_in_a_row >= self._settings.max_nonfinite_steps:
             raise NonFiniteError(
@@ -213,6 +224,7 @@ class PeftRank:
             if name is not None:
                 self._activate(name)
             for microbatch in pack(samples, self._settings.max_tokens_per_microbatch):
+                self._context.check_interrupt()
                 flat[microbatch.loss_index] = self._forward(microbatch)[0].cpu().numpy()
         return np.split(flat, np.cumsum([len(sample.tokens) for sample in samples]))[:-1]
 
@@ -254,7 +266,7 @@ class PeftRank:
                 f"{wanted.get(key)}, got {found.get(key)}. Keep lora.rank, lora.targets and model of the saved run"
             )
         moments = load_file(folder / "state" / "optimizer.safetensors", device=str(self._device))
-        adapter.optimizer.zero_grad()
+        adapter.discard_gradient()
         adapter.optimizer.state.clear()
         for key, parameter in adapter.parameters.items():
             parameter.data.copy_(weights[key])

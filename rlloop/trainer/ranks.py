@@ -3,8 +3,8 @@
     async with Ranks([RankSpec(factory), ...]) as ranks:
         answer = await ranks.call("forward_backward", ...)      # every rank runs it; rank 0's answer
 
-A rank is spawned (never forked), ignores Ctrl-C (this process decides what happens then), and leaves when its pipe closes,
-so also when this process dies. It is waited for through its pipe: nothing polls, and no thread waits.
+A rank is spawned (never forked), ignores Ctrl-C and SIGTERM (this process decides what happens then), and leaves when its
+pipe closes, so also when this process dies. It is waited for through its pipe: nothing polls, and no thread waits.
 """
 
 from __future__ import annotations
@@ -38,18 +38,20 @@ class Interrupted(TrainerError):
     """The call was ended between two microbatches because somebody asked for it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RankContext:
     """What a rank knows about itself."""
 
     rank: int
     num_ranks: int
-    interrupt_flag: Any
-    """A byte in shared memory: no lock that a killed process could hold."""
+    last_interrupted: Any
+    """Calls up to this number shall end. In shared memory, without a lock that a killed process could hold."""
+    call_number: int = 0
+    """Of the call that runs; they count from 1."""
 
     def check_interrupt(self) -> None:
         """Raise Interrupted when the event loop wants the running call to end."""
-        if self.interrupt_flag.value:
+        if self.call_number <= self.last_interrupted.value:
             raise Interrupted("the trainer's call was interrupted")
 
 
@@ -87,14 +89,15 @@ class Ranks:
         self._specs = specs
         self._ranks: list[_Rank] = []
         self._lock = anyio.Lock()
-        self._interrupt_flag = _SPAWN.RawValue(ctypes.c_bool, False)
+        self._num_calls = 0
+        self._last_interrupted = _SPAWN.RawValue(ctypes.c_long, 0)
 
     async def __aenter__(self) -> Ranks:
         for rank, spec in enumerate(self._specs):
             ours, theirs = _SPAWN.Pipe()
-            context = RankContext(rank, len(self._specs), self._interrupt_flag)
+            context = RankContext(rank, len(self._specs), self._last_interrupted)
             process = _SPAWN.Process(target=_run, args=(theirs, spec, context), name=f"trainer-{rank}", daemon=True)
-            with blocked_signals(signal.SIGINT), _thread_environment(spec.cores):
+            with blocked_signals(signal.SIGINT, signal.SIGTERM), _thread_environment(spec.cores):
                 process.start()
             theirs.close()
             self._ranks.append(_Rank(process, ours))
@@ -106,8 +109,8 @@ class Ranks:
         await self.close()
 
     def interrupt(self) -> None:
-        """Make the running call, if it checks, raise Interrupted."""
-        self._interrupt_flag.value = True
+        """Make the calls that were made so far and have not answered, as far as they check, raise Interrupted."""
+        self._last_interrupted.value = self._num_calls
 
     async def call(self, method: str, *args: Any) -> Any:
         """Run a method in every rank; -> rank 0's answer.
@@ -115,14 +118,15 @@ class Ranks:
         An RlloopError that a rank raises arrives as itself, any other exception as TrainerError with the rank's traceback.
         A rank that dies raises TrainerError at once. Cancelling the call interrupts it, and its answer is discarded.
         """
+        self._num_calls += 1
+        number = self._num_calls
         async with self._lock:
             await self._discard_owed()
-            self._interrupt_flag.value = False
             try:
-                await anyio.to_thread.run_sync(self._send, (method, args))
+                await anyio.to_thread.run_sync(self._send, (number, method, args))
                 return await self._first_answer()
             except anyio.get_cancelled_exc_class():
-                self.interrupt()
+                self._last_interrupted.value = max(self._last_interrupted.value, number)
                 raise
 
     async def close(self, timeout: float = 10.0) -> None:
@@ -140,7 +144,7 @@ class Ranks:
                 await anyio.to_thread.run_sync(rank.process.join)
                 rank.process.close()
 
-    def _send(self, message: tuple[str, tuple[Any, ...]]) -> None:
+    def _send(self, message: tuple[int, str, tuple[Any, ...]]) -> None:
         """Runs in a thread: pickling and writing a large batch takes a while."""
         payload = bytes(ForkingPickler.dumps(message))
         for rank in self._ranks:
@@ -224,7 +228,8 @@ def _thread_environment(cores: frozenset[int] | None) -> Iterator[None]:
 
 def _run(pipe: Connection, spec: RankSpec, context: RankContext) -> None:
     """The rank's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the run saves before it lets the ranks go
+        signal.signal(number, signal.SIG_IGN)
     if spec.log_path is not None:
         spec.log_path.parent.mkdir(parents=True, exist_ok=True)
         log = os.open(spec.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -242,7 +247,7 @@ def _run(pipe: Connection, spec: RankSpec, context: RankContext) -> None:
     with suppress(EOFError, OSError):  # the event loop's process closed the pipe, or died
         _answer(pipe, context.rank, build)
         while target is not None:
-            method, args = pipe.recv()
+            context.call_number, method, args = pipe.recv()
             _answer(pipe, context.rank, getattr(target, method), *args)
     if target is not None:
         target.close()

@@ -42,8 +42,8 @@ def surrogate(logprobs: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, T
     return -(tokens.loss_weights * ratio * tokens.advantages).sum(), {"ratio": ratio}
 
 
-def make_rank(model: str, dtype: str = "float32", flag: Any = None, **settings: Any) -> PeftRank:
-    context = RankContext(0, 1, flag or SimpleNamespace(value=False))
+def make_rank(model: str, dtype: str = "float32", interrupted: Any = None, **settings: Any) -> PeftRank:
+    context = RankContext(0, 1, interrupted or SimpleNamespace(value=0), call_number=1)
     return PeftRank(context, model, dtype, TrainerSettings(**settings), TEMPERATURE, Writer(), seed=0)  # type: ignore[arg-type]
 
 
@@ -318,15 +318,15 @@ def test_export_gives_the_weights_and_their_scale(rank: PeftRank) -> None:
 def test_interrupt_discards_the_gradient_and_save_works(
     models: dict[str, str], make_samples: MakeSamples, tmp_path: Path
 ) -> None:
-    flag = SimpleNamespace(value=False)
-    rank = make_rank(models["llama"], flag=flag, max_tokens_per_microbatch=30)
+    last_interrupted = SimpleNamespace(value=0)
+    rank = make_rank(models["llama"], interrupted=last_interrupted, max_tokens_per_microbatch=30)
     rank.create_adapter("policy", LORA)
     seen = 0
 
     def interrupted(logprobs: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         nonlocal seen
         seen += 1
-        flag.value = seen == 2
+        last_interrupted.value = 1 if seen == 2 else 0
         return surrogate(logprobs, tokens)
 
     with pytest.raises(Interrupted):
@@ -339,9 +339,12 @@ def test_interrupt_discards_the_gradient_and_save_works(
 
 def test_a_loss_that_raises_discards_the_gradient(rank: PeftRank, make_samples: MakeSamples) -> None:
     rank.forward_backward("policy", make_samples(), surrogate)
+    rank.forward_backward("policy", make_samples(), nonfinite_loss)
     with pytest.raises(ZeroDivisionError):
         rank.forward_backward("policy", make_samples(), lambda logprobs, tokens: 1 / 0)
     assert not gradients(rank)
+    rank.forward_backward("policy", make_samples(), surrogate)
+    assert not rank.optim_step("policy", ADAM).skipped  # the infinite loss was discarded with its gradient
 
 
 def test_old_and_ref_logprobs_reach_the_loss(rank: PeftRank, make_samples: MakeSamples) -> None:
@@ -394,3 +397,8 @@ def test_bf16_gradient_points_the_same_way(models: dict[str, str], rank: PeftRan
         each.forward_backward("policy", make_samples(), surrogate)
         flat.append(torch.cat([gradient.flatten() for gradient in gradients(each)]))
     assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.99
+
+
+def test_a_target_that_is_no_layer_of_the_decoder_is_refused(rank: PeftRank) -> None:
+    with pytest.raises(TrainerError, match=r"lora\.targets: expected names among down_proj, .* got lm_head, query$"):
+        rank.create_adapter("other", replace(LORA, targets=("q_proj", "query", "lm_head")))

@@ -1,0 +1,323 @@
+"""vLLM itself, on a tiny model in float32: one engine for all tests of this file."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import numpy as np
+import pytest
+import torch
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from rlloop.config import EngineSettings
+from rlloop.engine.vllm import VllmEngine, start_vllm
+from rlloop.errors import EngineError, RefitError
+from rlloop.processes import guard, shared_memory_prefix
+from rlloop.refit.transports import DiskWriter, MemoryWriter
+from rlloop.types import AdapterTicket, Completion, GenerationRequest
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
+
+NUM_VERSIONS = 4
+RANK, ALPHA = 4, 8
+PROMPT = tuple(range(100, 140))
+T = TypeVar("T")
+Weights = dict[str, torch.Tensor]
+
+
+class Reference:
+    """The same model in transformers + peft."""
+
+    def __init__(self, model: Path) -> None:
+        import peft
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        self._model = peft.get_peft_model(base, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+        self._parameters = {
+            name.replace(".default.weight", ".weight"): parameter
+            for name, parameter in self._model.named_parameters()
+            if "lora_" in name
+        }
+
+    def random_weights(self, seed: int) -> Weights:
+        generator = torch.Generator().manual_seed(seed)
+        return {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def logprobs(self, weights: Weights, prompt: tuple[int, ...], completion: Completion) -> np.ndarray:
+        """Of the completion's tokens, [T]."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(weights[name])
+        tokens = torch.tensor([[*prompt, *completion.tokens.tolist()]])
+        every = self._model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+        return every[len(prompt) - 1 :].numpy()
+
+
+@dataclass
+class Harness:
+    engine: VllmEngine
+    portal: BlockingPortal
+    reference: Reference
+    folder: Path
+    segment: str
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def do(self, function: Callable[[], Awaitable[T]]) -> T:
+        """Run on the engine's event loop."""
+        return self.portal.call(function)
+
+    def new_version(self) -> tuple[int, Weights]:
+        number = next(self._numbers)
+        return number, self.reference.random_weights(number)
+
+    def write(self, weights: Weights, transport: str = "memory") -> AdapterTicket:
+        name = f"{self.segment}{uuid.uuid4().hex[:8]}"
+        writer = MemoryWriter("float32", name) if transport == "memory" else DiskWriter("float32", self.folder / name)
+        return writer.write(weights, ALPHA / RANK)
+
+    def publish(self, transport: str = "memory") -> tuple[int, Weights]:
+        version, weights = self.new_version()
+        self.do(lambda: self.engine.publish(version, self.write(weights, transport)))
+        return version, weights
+
+    def generate(self, version: int, **changes: Any) -> list[Completion]:
+        request = GenerationRequest(tokens=PROMPT, policy_version=version, max_tokens=16, seed=7)
+        return self.do(lambda: self.engine.generate(replace(request, **changes)))
+
+    def assert_sampled_by(self, weights: Weights, completions: list[Completion]) -> None:
+        for completion in completions:
+            found = self.reference.logprobs(weights, PROMPT, completion)
+            np.testing.assert_allclose(found, completion.logprobs, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
+    folder = tmp_path_factory.mktemp("engine")
+    environment = dict(os.environ)
+    settings = EngineSettings(max_model_len=512, max_num_seqs=32)
+    try:
+        with guard() as marker, start_blocking_portal("asyncio") as portal:
+            vllm = start_vllm(
+                str(tiny_llama),
+                settings,
+                dtype="float32",
+                lora_rank=RANK,
+                num_versions=NUM_VERSIONS,
+                log_path=folder / "engine.log",
+                cores=frozenset({min(os.sched_getaffinity(0))}),
+            )
+            with portal.wrap_async_context_manager(vllm) as engine:
+                prefix = shared_memory_prefix(marker)
+                yield Harness(engine, portal, Reference(tiny_llama), folder, prefix)
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        for segment in Path("/dev/shm").glob(f"{prefix}*"):
+            segment.unlink()
+
+
+@pytest.fixture
+def harness(shared: Harness) -> Iterator[Harness]:
+    """With no version loaded; whatever a test did, the engine must be alive after it."""
+    yield shared
+    version, weights = shared.publish()
+    shared.assert_sampled_by(weights, shared.generate(version))
+    for loaded in list(shared.engine._versions):
+        shared.do(lambda loaded=loaded: shared.engine.retire(loaded))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("transport", ["memory", "disk"])
+def test_a_version_samples_with_its_own_weights(harness: Harness, transport: str) -> None:
+    old, old_weights = harness.publish(transport)
+    new, new_weights = harness.publish(transport)
+    # The same prompt on both, so that a prefix cache shared between them would show.
+    for version, weights, other in ((old, old_weights, new_weights), (new, new_weights, old_weights)):
+        [completion] = harness.generate(version)
+        assert completion.policy_version == version
+        harness.assert_sampled_by(weights, [completion])
+        difference = harness.reference.logprobs(other, PROMPT, completion) - completion.logprobs
+        assert np.abs(difference).max() > 0.05, "the versions are too alike for this test to fail"
+
+
+def test_a_report_says_what_a_publish_cost(harness: Harness) -> None:
+    version, weights = harness.new_version()
+    ticket = harness.write(weights)
+    report = harness.do(lambda: harness.engine.publish(version, ticket))
+    assert report.policy_version == version
+    assert report.num_bytes == ticket.num_bytes == sum(tensor.numel() * 4 for tensor in weights.values())
+    parts = (report.export_seconds, report.transfer_seconds, report.load_seconds, report.verify_seconds)
+    assert min(parts) > 0
+    assert sum(parts) <= report.publish_seconds
+    harness.generate(version)
+    assert harness.engine.statistics().first_token_seconds[version] > 0
+
+
+def test_requests_in_flight_across_a_publish_keep_their_version(harness: Harness) -> None:
+    old, old_weights = harness.publish()
+    new, new_weights = harness.new_version()
+    ticket = harness.write(new_weights)
+    request = GenerationRequest(PROMPT, old, max_tokens=400, n=4, seed=1)
+    found: list[Completion] = []
+
+    async def run() -> float:
+        async with anyio.create_task_group() as tasks:
+
+            async def in_flight() -> None:
+                found.extend(await harness.engine.generate(request))
+
+            before = harness.engine.statistics().num_generated_tokens
+            tasks.start_soon(in_flight)
+            while harness.engine.statistics().num_generated_tokens < before + 40:
+                await anyio.sleep(0.002)
+            harness.engine.reset_longest_gap()
+            await harness.engine.publish(new, ticket)
+            assert not found, "the requests ended before the publish did"
+            later = await harness.engine.generate(replace(request, policy_version=new, max_tokens=8))
+            harness.assert_sampled_by(new_weights, later)
+        return harness.engine.statistics().longest_gap_seconds
+
+    gap = harness.do(run)
+    assert len(found) == 4
+    harness.assert_sampled_by(old_weights, found)
+    assert 0 < gap < 2
+
+
+def test_n_and_seeds(harness: Harness) -> None:
+    version, weights = harness.publish()
+    several = harness.generate(version, n=4)
+    assert len({tuple(completion.tokens.tolist()) for completion in several}) == 4
+    harness.assert_sampled_by(weights, several)
+    [first], [again], [other] = (harness.generate(version, seed=seed) for seed in (11, 11, 12))
+    assert first.tokens.tolist() == again.tokens.tolist()
+    assert first.tokens.tolist() != other.tokens.tolist()
+    assert first.tokens.dtype == np.int32
+    assert first.logprobs.dtype == np.float32
+    assert first.finish_reason == "length"
+    assert len(first.tokens) == len(first.logprobs) == 16
+
+
+def test_logprobs_are_those_of_the_distribution_at_the_temperature(harness: Harness) -> None:
+    version, weights = harness.publish()
+    [completion] = harness.generate(version, temperature=0.5)
+    at_one = harness.reference.logprobs(weights, PROMPT, completion)
+    assert completion.logprobs.mean() > at_one.mean()
+    [greedy] = harness.generate(version, temperature=0.05)
+    assert np.exp(greedy.logprobs).mean() > 0.5
+
+
+@pytest.mark.parametrize("max_tokens", [1, 16])
+def test_a_version_that_is_not_served_is_refused(harness: Harness, max_tokens: int) -> None:
+    version, _ = harness.publish()
+    for unknown in (version + 1000, -1):
+        with pytest.raises(EngineError, match=rf"policy version {unknown} is not loaded.*{version}"):
+            harness.generate(unknown, max_tokens=max_tokens)
+    harness.do(lambda: harness.engine.retire(version))
+    with pytest.raises(EngineError, match=f"policy version {version} is not loaded"):
+        harness.generate(version)
+
+
+def test_what_does_not_fit_is_refused(harness: Harness) -> None:
+    version, _ = harness.publish()
+    with pytest.raises(EngineError, match=r"--engine.max-model-len \(512\)"):
+        harness.generate(version, max_tokens=480)
+
+
+def refuse(harness: Harness, ticket: AdapterTicket, *parts: str) -> None:
+    """Publishing raises an error that says these things, the version is not served, and its slot stays free."""
+    good, weights = harness.publish()
+    bad = 900 + good
+    with pytest.raises(RefitError) as caught:
+        harness.do(lambda: harness.engine.publish(bad, ticket))
+    assert [part for part in (str(bad), *parts) if part not in str(caught.value)] == [], caught.value
+    with pytest.raises(EngineError, match="not loaded"):
+        harness.generate(bad)
+    harness.assert_sampled_by(weights, harness.generate(good))
+    _, right = harness.new_version()
+    for version in range(bad, bad + NUM_VERSIONS - 1):  # into every other slot
+        harness.do(lambda version=version: harness.engine.publish(version, harness.write(right)))  # type: ignore[misc]
+    harness.assert_sampled_by(right, harness.generate(bad))
+    with pytest.raises(RefitError, match=f"all {NUM_VERSIONS} adapter slots hold"):
+        harness.do(lambda: harness.engine.publish(bad + NUM_VERSIONS, harness.write(right)))
+    for version in list(harness.engine._versions):
+        harness.do(lambda version=version: harness.engine.retire(version))  # type: ignore[misc]
+
+
+def test_a_tensor_that_no_layer_would_use_is_refused(harness: Harness) -> None:
+    _, weights = harness.new_version()
+    renamed = {name.replace("layers.1.self_attn.q_proj", "layers.1.self_attn.qq_proj"): w for name, w in weights.items()}
+    refuse(harness, harness.write(renamed), "qq_proj")
+
+
+def test_a_layer_that_the_model_lacks_is_refused(harness: Harness) -> None:
+    _, weights = harness.new_version()
+    renamed = {name.replace("layers.1.", "layers.7."): tensor for name, tensor in weights.items()}
+    refuse(harness, harness.write(renamed), "layers.7")
+
+
+def test_an_a_without_its_b_is_refused(harness: Harness) -> None:
+    _, weights = harness.new_version()
+    missing = next(name for name in weights if "layers.0.mlp.up_proj.lora_B" in name)
+    refuse(harness, harness.write({name: w for name, w in weights.items() if name != missing}), "A and B", "up_proj")
+
+
+@pytest.mark.parametrize("transport", ["memory", "disk"])
+def test_corrupted_bytes_are_refused(harness: Harness, transport: str) -> None:
+    _, weights = harness.new_version()
+    ticket = harness.write(weights, transport)
+    with open(ticket.location, "r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        last = file.read(4)
+        file.seek(-4, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1, *last[1:]]))
+    refuse(harness, ticket, ticket.digest, "engine rank 0")
+
+
+def test_another_dtype_is_refused(harness: Harness) -> None:
+    _, weights = harness.new_version()
+    ticket = MemoryWriter("bfloat16", f"{harness.segment}bf16").write(weights, 1.0)
+    refuse(harness, ticket, "bfloat16", "float32")
+
+
+def test_a_version_is_immutable(harness: Harness) -> None:
+    version, weights = harness.publish()
+    _, others = harness.new_version()
+    with pytest.raises(RefitError, match="loaded already"):
+        harness.do(lambda: harness.engine.publish(version, harness.write(others)))
+    harness.assert_sampled_by(weights, harness.generate(version))
+
+
+def test_a_cancelled_request_does_not_run_on(harness: Harness) -> None:
+    version, _ = harness.publish()
+
+    async def run() -> tuple[int, int, int]:
+        request = GenerationRequest(PROMPT, version, max_tokens=450, n=4, seed=3)
+        before = harness.engine.statistics().num_generated_tokens
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(harness.engine.generate, request)
+            while harness.engine.statistics().num_generated_tokens < before + 20:
+                await anyio.sleep(0.002)
+            tasks.cancel_scope.cancel()
+        await anyio.sleep(0.3)
+        stopped = harness.engine.statistics().num_generated_tokens
+        await anyio.sleep(0.3)
+        quiet = harness.engine.statistics().num_generated_tokens
+        await harness.engine.generate(replace(request, max_tokens=2, n=1))
+        return stopped - before, quiet - stopped, harness.engine.statistics().num_running
+
+    generated, afterwards, num_running = harness.do(run)
+    assert 20 <= generated < 4 * 450
+    assert (afterwards, num_running) == (0, 0)
+    started = time.monotonic()
+    busy = harness.engine.statistics().busy_seconds
+    time.sleep(0.05)
+    assert harness.engine.statistics().busy_seconds == busy, started

@@ -1,0 +1,25 @@
+"""The same run on a CUDA GPU: RLLOOP_TEST_MODEL names a folder with SmolLM2-135M-Instruct, where its package is missing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rlloop.tracking.files import read_metrics
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_grpo_trains_and_engine_and_trainer_agree(tmp_path, max_staleness: int) -> None:
+    model = os.environ.get("RLLOOP_TEST_MODEL", "SmolLM2-135M-Instruct")
+    command = [sys.executable, "-m", "rlloop.cli", "grpo", "--model", model, "--run_dir", str(tmp_path / "run")]
+    command += ["--num_steps", "6", "--max_staleness", str(max_staleness), "--sampling.max_tokens", "12"]
+    command += ["--engine.max_model_len", "128", "--engine.gpu_memory_utilization", "0.5", "--optim.lr", "1e-4"]
+    subprocess.run(command, check=True)
+    steps = read_metrics(tmp_path / "run")
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert max(step["async/staleness_max"] for step in steps) <= 4 * max_staleness
+    assert max(step["policy/sampler_kl_mean"] for step in steps) < 0.02
+    assert min(step["optim/grad_norm"] for step in steps) > 0

@@ -1,0 +1,147 @@
+import json
+import signal
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlloop.checkpoint import newest_checkpoint
+from rlloop.cli import main
+from rlloop.tracking import jsonl
+from rlloop.tracking.files import read_metrics
+from rlloop.tracking.keys import DOCUMENTED
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
+
+
+def test_the_run_ends_well_and_leaves_nothing_behind(resumed: Any) -> None:
+    assert resumed.second_status == 0, resumed.second.text()
+    assert "Traceback" not in resumed.second.text()
+    assert resumed.second_left_behind == []
+
+
+def test_every_line_has_every_documented_metric(resumed: Any) -> None:
+    lines = list(jsonl.read(resumed.run_dir / "metrics.jsonl"))
+    assert len(lines) >= resumed.num_steps
+    for line in lines:
+        assert set(DOCUMENTED) - set(line) == set()
+        assert set(line) - set(DOCUMENTED) == {"step", "attempt", "time"}
+
+
+def test_metrics_are_plausible(resumed: Any) -> None:
+    for line in read_metrics(resumed.run_dir):
+        assert 0 <= line["reward/min"] <= line["reward/mean"] <= line["reward/max"] <= 1
+        assert line["completions/mean_length"] <= 8
+        assert line["optim/grad_norm"] > 0
+        assert line["optim/skipped_steps"] == 0
+        assert line["policy/sampler_kl_max"] < 1  # stale by a version or two, of another arithmetic, but the same policy
+        assert 0.2 < line["policy/mismatch_ratio_mean"] < 5
+        assert line["async/staleness_max"] <= 4
+        assert line["rollout/errors"] == line["rollout/timeouts"] == line["async/dropped_groups"] == 0
+        assert 0 < line["time/refit_stall"] < line["time/refit"] < line["time/step"]
+
+
+def test_events_are_spans_of_every_stage(resumed: Any) -> None:
+    events = list(jsonl.read(resumed.run_dir / "events.jsonl"))
+    spans = defaultdict(list)
+    for event in events:
+        assert event["start"] <= event["end"]
+        spans[event["name"]].append(event)
+    assert {"rollout", "score", "refit", "checkpoint"} <= set(spans)
+    assert {event["resource"] for event in spans["rollout"]} == {"engine"}
+    published = [event["policy_version"] for event in spans["refit"]]
+    assert set(published) == set(range(resumed.num_steps + 1))
+    assert published.count(resumed.first_checkpoint.step) == 2, "the restored version was published again"
+
+
+def test_completions_are_one_file_a_step(resumed: Any) -> None:
+    for step in range(1, resumed.num_steps + 1):
+        rows = list(jsonl.read(resumed.run_dir / "completions" / f"step_{step:06d}.jsonl"))
+        assert len(rows) == 2 * 4
+        for row in rows:
+            assert row["step"] == step
+            assert row["policy_version"] < step
+            assert "Say" in row["prompt"]
+            assert row["reward"] == pytest.approx(len(row["text"]) % 7 / 6)
+            assert 1 <= row["num_tokens"] <= 8
+
+
+def test_the_run_directory_is_the_contract(resumed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {path.name for path in resumed.run_dir.iterdir()}
+    assert {"config.toml", "metrics.jsonl", "events.jsonl", "completions", "checkpoints", "latest", "logs"} <= names
+    last = resumed.run_dir / "checkpoints" / f"step_{resumed.num_steps:06d}"
+    assert (resumed.run_dir / "latest").resolve() == last.resolve()
+    files = {str(path.relative_to(last)) for path in last.rglob("*") if path.is_file()}
+    assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "ledger.json", "manifest.json"} <= files
+    assert any(name.startswith("state/") for name in files)
+    assert not list((resumed.run_dir / "checkpoints").glob(".tmp-*"))
+    manifest = json.loads((last / "manifest.json").read_text())
+    assert manifest["policy_version"] == manifest["step"] == resumed.num_steps
+    assert main(["grpo", "--config", str(resumed.run_dir / "config.toml"), "--dry-run"]) == 0
+    assert tomllib.loads(capsys.readouterr().out)["num_steps"] == resumed.num_steps
+    assert (resumed.run_dir / "logs" / "engine.log").stat().st_size
+
+
+def test_a_used_directory_is_refused(resumed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["grpo", "--run_dir", str(resumed.run_dir)]) == 1
+    error = capsys.readouterr().err
+    assert "--resume" in error
+    assert "--overwrite" in error
+
+
+@pytest.mark.filterwarnings("default")
+def test_checkpoints_load_with_peft_alone_and_give_the_logprobs_that_the_engine_sampled_with(
+    resumed: Any, tiny_llama: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    seen = defaultdict(list)
+    for rollout in jsonl.read(resumed.note):
+        seen[rollout["policy_version"]].append(rollout)
+    versions = [version for version in seen if version > 0]
+    assert len(versions) >= 4
+    effects = []
+    for version in versions:
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        before = [_logprobs(base, rollout) for rollout in seen[version]]
+        folder = resumed.run_dir / "checkpoints" / f"step_{version:06d}" / "adapter"
+        if not folder.exists():  # the version that was current at the signal may have been saved by the other attempt
+            continue
+        model = PeftModel.from_pretrained(base, folder)
+        for rollout, without in zip(seen[version], before, strict=True):
+            found = _logprobs(model, rollout)
+            np.testing.assert_allclose(found, _sampled(rollout), atol=1e-3)
+            effects.append(np.abs(found - without).max())
+    assert max(effects) > 0.05, "the adapter has changed nothing, so this test could not fail"
+
+
+@torch.no_grad()
+def _logprobs(model: Any, rollout: dict[str, Any]) -> np.ndarray:
+    tokens = torch.tensor([rollout["tokens"]])
+    every = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0].numpy()
+    return every[np.array(rollout["loss_mask"])[1:]]
+
+
+def _sampled(rollout: dict[str, Any]) -> np.ndarray:
+    return np.array(rollout["rollout_logprobs"])[np.array(rollout["loss_mask"])]
+
+
+def test_ctrl_c_ends_a_run_of_smollm2(start: Any, tmp_path: Path) -> None:
+    flags = ("--env", "arithmetic", "--env_args", "{}", "--num_steps", "1000", "--checkpoint.every", "1000")
+    run = start(tmp_path / "run", *flags, model="SmolLM2-135M-Instruct")
+    run.wait_for_steps(2)
+    run.signal_group(signal.SIGINT)
+    assert run.wait(60) == 130, run.text()
+    assert run.left_behind() == []
+    assert "stopped by SIGINT; continue with: rlloop grpo" in run.text()
+    assert "Traceback" not in run.text()
+    checkpoint = newest_checkpoint(run.run_dir)
+    assert checkpoint is not None
+    assert checkpoint.step >= 2
+    for line in read_metrics(run.run_dir):
+        assert line["policy/sampler_kl_mean"] < 0.05

@@ -1,0 +1,125 @@
+"""Versions, leases and slots, on the fakes."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlloop.engine.fake import FakeEngine
+from rlloop.errors import RefitError
+from rlloop.events import Events
+from rlloop.refit.publisher import Refit
+from rlloop.trainer.fake import FakeTrainer
+from rlloop.types import AdapterTicket, LoraConfig, RefitReport
+
+pytestmark = pytest.mark.anyio
+
+
+async def make_refit(engine: FakeEngine, num_versions: int) -> Refit:
+    trainer = FakeTrainer()
+    await trainer.create_adapter("policy", LoraConfig())
+    return Refit(trainer, engine, "policy", num_versions, Events(None))
+
+
+async def test_a_lease_is_on_the_newest_version(anyio_backend: str) -> None:
+    engine = FakeEngine()
+    refit = await make_refit(engine, 3)
+    await refit.publish(0)
+    with refit.lease() as old:
+        await refit.publish(1)
+        with refit.lease() as new:
+            assert (old, new) == (0, 1)
+            assert engine.versions == {0, 1}
+    await refit.publish(2)
+    assert engine.versions == {1, 2}, "1 was the newest until 2 was there"
+
+
+async def test_a_leased_version_stays_and_others_go(anyio_backend: str) -> None:
+    engine = FakeEngine()
+    refit = await make_refit(engine, 3)
+    await refit.publish(0)
+    with refit.lease():
+        for version in range(1, 6):
+            await refit.publish(version)
+            assert engine.versions == {0, version - 1, version}
+    await refit.publish(6)
+    assert engine.versions == {5, 6}
+
+
+async def test_publish_waits_for_a_slot(anyio_backend: str) -> None:
+    engine = FakeEngine()
+    refit = await make_refit(engine, 2)
+    await refit.publish(0)
+    log = []
+
+    async def use(seconds: float) -> None:
+        with refit.lease() as version:
+            await anyio.sleep(seconds)
+            log.append(f"done with {version}")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(use, 0.05)
+        tasks.start_soon(use, 0.01)
+        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
+        await refit.publish(1)
+        log.append("published 1")
+        tasks.start_soon(use, 0.02)
+        await anyio.lowlevel.checkpoint()
+        await refit.publish(2)
+        log.append("published 2")
+    assert len(engine.versions) == 2
+    assert log.index("done with 0") < log.index("published 2")
+    assert log[0] == "published 1"
+
+
+async def test_a_refused_version_is_not_leased(anyio_backend: str) -> None:
+    class Refusing(FakeEngine):
+        async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
+            if version == 1:
+                raise RefitError("engine rank 0 holds something else")
+            return await super().publish(version, ticket)
+
+    refit = await make_refit(Refusing(), 3)
+    await refit.publish(0)
+    with pytest.raises(RefitError):
+        await refit.publish(1)
+    assert refit.latest == 0
+    with refit.lease() as version:
+        assert version == 0
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@settings(max_examples=30, deadline=None)
+@given(
+    num_versions=st.integers(2, 5),
+    stays=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 12)), max_size=12),
+)
+def test_whatever_is_leased_is_served(backend: str, num_versions: int, stays: list[tuple[int, int]]) -> None:
+    """Leases that begin and end at random times: a version in use is served, and there are never too many."""
+
+    async def run() -> None:
+        engine = FakeEngine()
+        refit = await make_refit(engine, num_versions)
+        await refit.publish(0)
+
+        async def use(begin: int, duration: int) -> None:
+            await anyio.sleep(begin / 1000)
+            with refit.lease() as version:
+                for _ in range(duration):
+                    assert version in engine.versions
+                    await anyio.sleep(0.001)
+
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as tasks:
+                for begin, duration in stays:
+                    tasks.start_soon(use, begin, duration)
+                for version in range(1, 8):
+                    await refit.publish(version)
+                    assert version in engine.versions
+                    assert len(engine.versions) <= num_versions
+                    await anyio.sleep(0.001)
+
+    anyio.run(run, backend=backend)

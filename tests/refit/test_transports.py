@@ -1,0 +1,134 @@
+import os
+import pickle
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlloop.refit.digest import digest
+from rlloop.refit.transports import SHARED_MEMORY, DiskWriter, MemoryWriter, Reader
+from rlloop.types import AdapterTicket
+
+Writer = MemoryWriter | DiskWriter
+PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def adapter(rank: int = 4, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return {
+        f"{PREFIX}.lora_B.weight": torch.randn(6, rank, generator=generator) * scale,
+        f"{PREFIX}.lora_A.weight": torch.randn(rank, 5, generator=generator) * scale,
+    }
+
+
+@pytest.fixture(params=["memory", "disk"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def segment() -> Iterator[str]:
+    name = f"rlloop-test-{uuid.uuid4().hex}"
+    yield name
+    (SHARED_MEMORY / name).unlink(missing_ok=True)
+
+
+def make_writer(transport: str, dtype: str, segment: str, folder: Path) -> Writer:
+    return MemoryWriter(dtype, segment) if transport == "memory" else DiskWriter(dtype, folder / "refit")
+
+
+def read(ticket: AdapterTicket, reader: Reader | None = None) -> dict[str, torch.Tensor]:
+    flat = (reader or Reader(torch.device("cpu"))).read(asdict(ticket))
+    pieces = flat.split([rows * columns for _, (rows, columns) in ticket.manifest])
+    return {name: piece.view(shape) for (name, shape), piece in zip(ticket.manifest, pieces, strict=True)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_read_is_what_was_written_with_b_scaled(
+    transport: str, dtype: str, segment: str, tmp_path: Path
+) -> None:
+    writer = make_writer(transport, dtype, segment, tmp_path)
+    tensors = adapter()
+    ticket = writer.write(tensors, scale=2.5)
+    found = read(ticket)
+    wanted_dtype = getattr(torch, dtype)
+    assert torch.equal(found[f"{PREFIX}.lora_A.weight"], tensors[f"{PREFIX}.lora_A.weight"].to(wanted_dtype))
+    assert torch.equal(found[f"{PREFIX}.lora_B.weight"], (tensors[f"{PREFIX}.lora_B.weight"] * 2.5).to(wanted_dtype))
+    assert (ticket.rank, ticket.dtype, ticket.transport) == (4, dtype, transport)
+    assert ticket.num_bytes == (6 * 4 + 4 * 5) * wanted_dtype.itemsize
+    assert [name for name, _ in ticket.manifest] == sorted(tensors)
+    flat = torch.cat([found[name].reshape(-1) for name, _ in ticket.manifest])
+    assert digest(flat, ticket.manifest) == ticket.digest
+    writer.close()
+
+
+def test_the_next_version_leaves_what_was_read_as_it_is(transport: str, segment: str, tmp_path: Path) -> None:
+    writer, reader = make_writer(transport, "float32", segment, tmp_path), Reader(torch.device("cpu"))
+    first = read(writer.write(adapter(), 1.0), reader)
+    kept = {name: tensor.clone() for name, tensor in first.items()}
+    second = read(writer.write(adapter(scale=3.0), 1.0), reader)
+    for name, tensor in adapter(scale=3.0).items():
+        assert torch.equal(first[name], kept[name])
+        assert torch.equal(second[name], tensor)
+    writer.close()
+
+
+def test_a_larger_adapter_gets_a_larger_segment(transport: str, segment: str, tmp_path: Path) -> None:
+    writer, reader = make_writer(transport, "float32", segment, tmp_path), Reader(torch.device("cpu"))
+    read(writer.write(adapter(2), 1.0), reader)
+    for rank in (512, 8):  # the second one leaves the segment larger than it needs
+        found = read(writer.write(adapter(rank), 1.0), reader)
+        assert all(torch.equal(found[name], tensor) for name, tensor in adapter(rank).items())
+    writer.close()
+
+
+def test_close_leaves_nothing(transport: str, segment: str, tmp_path: Path) -> None:
+    writer = make_writer(transport, "float32", segment, tmp_path)
+    ticket = writer.write(adapter(), 1.0)
+    assert Path(ticket.location).exists()
+    writer.close()
+    writer.close()
+    assert not Path(ticket.location).exists()
+
+
+def test_a_segment_is_readable_by_its_owner_alone(segment: str) -> None:
+    writer = MemoryWriter("float32", segment)
+    writer.write(adapter(), 1.0)
+    assert (SHARED_MEMORY / segment).stat().st_mode & 0o777 == 0o600
+    writer.close()
+
+
+def test_writers_travel_to_the_rank(transport: str, segment: str, tmp_path: Path) -> None:
+    writer = pickle.loads(pickle.dumps(make_writer(transport, "float32", segment, tmp_path)))
+    assert read(writer.write(adapter(), 1.0)).keys() == adapter().keys()
+    writer.close()
+
+
+def test_another_process_reads_it(transport: str, segment: str, tmp_path: Path) -> None:
+    writer = make_writer(transport, "float32", segment, tmp_path)
+    ticket = writer.write(adapter(), 1.0)
+    program = (
+        "import pickle, sys, torch; from rlloop.refit.transports import Reader; from rlloop.refit.digest import digest\n"
+        "ticket = pickle.loads(sys.stdin.buffer.read())\n"
+        "print(digest(Reader(torch.device('cpu')).read(ticket), ticket['manifest']), end='')"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.run(
+        [sys.executable, "-c", program], input=pickle.dumps(asdict(ticket)), stdout=subprocess.PIPE, env=environment
+    )
+    assert child.stdout.decode() == ticket.digest
+    assert Path(ticket.location).exists(), "the reader's end must not remove what others still use"
+    writer.close()
+
+
+def test_a_segment_that_is_gone_is_an_error_that_names_it(segment: str) -> None:
+    writer = MemoryWriter("float32", segment)
+    ticket = writer.write(adapter(), 1.0)
+    writer.close()
+    with pytest.raises(FileNotFoundError, match=segment):
+        read(replace(ticket))

@@ -1,0 +1,86 @@
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from rlloop import __version__, cli
+from rlloop.config import RunSettings
+from rlloop.errors import EngineError, Stopped
+
+HEAVY = ("torch", "vllm", "transformers", "peft", "wandb")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seconds"), [(["--help"], 1.0), (["grpo", "--help"], 2.0), (["grpo", "--dry-run"], 2.0)]
+)
+def test_help_answers_at_once_and_imports_no_torch(arguments: list[str], seconds: float) -> None:
+    program = (
+        "import sys; from rlloop.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n"
+        f"    print('imported', [name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    child = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert child.stderr.strip() == "imported []"
+    assert "grpo" in child.stdout or "group_size" in child.stdout
+    # The processor's time, for a busy machine takes longer.
+    assert (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime) <= seconds
+
+
+def test_help_lists_the_settings_of_library_and_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["grpo", "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--engine.max-num-seqs", "--lora.rank", "--max-staleness", "--clip-low", "--config", "--dry-run"):
+        assert flag in text
+
+
+def test_usage_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    usage = capsys.readouterr().out
+    assert "grpo" in usage
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rlloop {__version__}\n"
+
+
+def test_an_unknown_algorithm_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["grop"]) == 2
+    assert "expected an algorithm (grpo), got 'grop'" in capsys.readouterr().err
+
+
+def fake_algorithm(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def main(settings: RunSettings) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_algorithm", lambda name: types.SimpleNamespace(Config=RunSettings, main=main))
+
+
+def test_an_error_says_where_the_logs_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_algorithm(monkeypatch, EngineError("the vLLM engine process died"))
+    assert cli.main(["grpo", "--run-dir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "error: the vLLM engine process died" in error
+    assert str(tmp_path) in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stopped_run_says_how_to_go_on(
+    number: str, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_algorithm(monkeypatch, Stopped(signal.Signals[number]))
+    arguments = ["grpo", "--overwrite", "--run-dir", str(tmp_path), "--env-args", '{"max_operand": 20}']
+    assert cli.main(arguments) == status
+    error = capsys.readouterr().err
+    assert error.startswith(f"stopped by {number}; continue with: rlloop grpo")
+    # Copied into a shell, the hint is the same command, with --resume for --overwrite.
+    hint = shlex.split(error.partition("continue with: rlloop ")[2])
+    assert hint == [*[argument for argument in arguments if argument != "--overwrite"], "--resume"]

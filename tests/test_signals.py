@@ -1,0 +1,79 @@
+"""Signals go to a child process: pytest has handlers of its own."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import anyio
+import pytest
+
+from rlloop.signals import stop_on_signals
+
+PROGRAM = """
+import sys, anyio
+from rlloop.errors import EngineError, Stopped
+from rlloop.signals import stop_on_signals
+
+async def work():
+    try:
+        print("ready", flush=True)
+        await anyio.sleep_forever()
+    finally:
+        print("cleaning up", flush=True)
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep({cleanup})
+        print("clean", flush=True)
+        if {fails}:
+            raise EngineError("the request failed, for the engine got the signal, too")
+
+async def main():
+    async with stop_on_signals():
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(work)
+
+try:
+    anyio.run(main, backend="{backend}")
+except Stopped as stop:
+    print(stop, flush=True)
+    sys.exit(stop.exit_code)
+"""
+
+
+def start(backend: str, cleanup: float = 0.0, *, fails: bool = False) -> subprocess.Popen[str]:
+    program = PROGRAM.format(backend=backend, cleanup=cleanup, fails=fails)
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_first_signal_ends_the_block_in_order(anyio_backend: str, number: signal.Signals, fails: bool) -> None:
+    with start(anyio_backend, fails=fails) as child:
+        child.send_signal(number)
+        out, _ = child.communicate(timeout=20)
+    assert out.splitlines() == ["cleaning up", "clean", f"stopped by {number.name}"]
+    assert child.returncode == 128 + number
+
+
+def test_the_second_signal_ends_the_process_at_once(anyio_backend: str) -> None:
+    with start(anyio_backend, cleanup=600) as child:
+        child.send_signal(signal.SIGINT)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "cleaning up\n"
+        started = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=20) == 130
+        assert time.monotonic() - started < 5
+
+
+def test_an_error_without_a_signal_is_itself(anyio_backend: str) -> None:
+    async def main() -> None:
+        async with stop_on_signals():
+            raise KeyError("a bug")
+
+    with pytest.raises(ExceptionGroup) as caught:
+        anyio.run(main, backend=anyio_backend)
+    assert caught.group_contains(KeyError, match="a bug")
