@@ -1,28 +1,41 @@
 """What the loop itself costs for each sample, when engine, trainer and rewards cost nothing.
 
-    python benchmarks/loop_overhead.py                 the table, then 10^6 samples with the memory printed
+    python benchmarks/loop_overhead.py                 both tables
     python benchmarks/loop_overhead.py --profile 1000  where the time goes, with this many samples in flight
 
-Real: Loop, Ledger, Refit, Backlog, Events (written to a file), sample_group, Trajectory, make_samples, optimizer_step.
-Fake: the engine (made-up tokens), the trainer (counts), the environment (one turn of 8 prompt tokens) and the scorer,
-which scores in this process; the product scores in worker processes, whose cost is the reward's.
+`loop`: the real Loop, Ledger, Refit, Backlog, Events (written to a file) and sample_group; an environment that asks the
+engine once and returns a rollout made before; a trainer that counts. `data path`: with the real Trajectory, make_samples and
+optimizer_step, too, whose cost grows with the tokens. Both: the fake engine, and a scorer that scores in this process; the
+product's scores in worker processes.
 
 The engine holds all requests but those of one step, and finishes the oldest whenever another comes: no timers, no idle
-time, and 80 to 100 % of the stated number in flight at every moment. `CPU` is this process's time, which other load on
-the machine disturbs less than the wall clock. Targets: 20,000 samples/s at 10^3 in flight, 5,000 at 10^5, and flat memory.
+time, and at least 80 % of the stated number in flight at every moment. CPU seconds are this process's, which other load
+disturbs less than the wall clock. The garbage collector is set as `rlloop.run.run` sets it; `gc: default` shows why.
+`anyio alone` is a task with a timeout and one wait for each sample, and nothing else.
+
+Goals: 20,000 samples/s at 10^3 in flight, 5,000 at 10^5, and memory that stays flat over 10^6 samples.
 """
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import cProfile
+import pstats
 import tempfile
 import time
 from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anyio
+import numpy as np
 import psutil
+from _report import Cell, Report
 
 from rlloop.advantages import group_centred, token_weights
 from rlloop.config import EngineSettings, RunSettings, SamplingSettings
@@ -33,13 +46,16 @@ from rlloop.ledger import Ledger
 from rlloop.loop import Loop, Step
 from rlloop.refit.publisher import Refit
 from rlloop.rollouts import sample_group
+from rlloop.run import tune_garbage_collector
 from rlloop.samples import make_samples
 from rlloop.staleness import Backlog
 from rlloop.trainer.fake import FakeTrainer
-from rlloop.types import AdamConfig, Failure, GenerationRequest, Group, LoraConfig, Metrics, Prompt, Rollout
+from rlloop.types import AdamConfig, Completion, Failure, GenerationRequest, Group, LoraConfig, Metrics, Prompt, Rollout
 from rlloop.updates import optimizer_step
 
 GROUP_SIZE, MAX_STALENESS = 8, 4
+PROMPT = (1, 2, 3, 4, 5, 6, 7, 8)
+ROLLOUT = Rollout(np.ones(12, np.int32), np.ones(12, np.bool_), np.zeros(12, np.float32), 0, "length", 1, "")
 
 
 class HoldingEngine(FakeEngine):
@@ -49,21 +65,23 @@ class HoldingEngine(FakeEngine):
         super().__init__(num_tokens=num_tokens, delay=self._hold)
         self._num_held = num_held
         self._num_to_come = num_requests
-        self._held: deque[anyio.Event] = deque()
+        self._held: deque[asyncio.Future[None]] = deque()
+        self._made = super()._completion(GenerationRequest(PROMPT, 0, num_tokens, seed=0), 0)
 
     async def _hold(self, request: GenerationRequest) -> None:
-        done = anyio.Event()
+        done = asyncio.get_running_loop().create_future()
         self._held.append(done)
         self._num_to_come -= 1
         while len(self._held) > (self._num_held if self._num_to_come else 0):
-            self._held.popleft().set()
-        await done.wait()
+            self._held.popleft().set_result(None)
+        await done
+
+    def _completion(self, request: GenerationRequest, member: int) -> Completion:
+        return self._made
 
 
 class OneTurn:
     """See `rlloop.environment.Environment`."""
-
-    PROMPT = (1, 2, 3, 4, 5, 6, 7, 8)
 
     def __len__(self) -> int:
         return 10_000
@@ -73,12 +91,20 @@ class OneTurn:
 
     async def rollout(self, task: Any, policy: Policy) -> Rollout:
         trajectory = Trajectory()
-        trajectory.observe(self.PROMPT)
+        trajectory.observe(PROMPT)
         trajectory.act(await policy.generate(trajectory.tokens))
         return trajectory.finish("", "length")
 
     def score(self, task: Any, rollout: Rollout) -> float:
         return float(rollout.tokens[-1] % 2)
+
+
+class Premade(OneTurn):
+    """Makes no rollout of what the engine sampled."""
+
+    async def rollout(self, task: Any, policy: Policy) -> Rollout:
+        await policy.generate(PROMPT)
+        return ROLLOUT
 
 
 class InProcessScorer:
@@ -91,7 +117,7 @@ class InProcessScorer:
         return self._environment.score(task, rollout)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Mark:
     """Readings at the end of a step."""
 
@@ -113,7 +139,7 @@ class Stages:
     engine: FakeEngine
     trainer: FakeTrainer
     events: Events
-    environment: Environment = field(default_factory=OneTurn)
+    environment: Environment
     marks: list[Mark] = field(default_factory=list)
 
     def task(self, index: int) -> Any:
@@ -132,6 +158,8 @@ class Stages:
         )
 
     async def update(self, groups: list[Group]) -> Metrics:
+        if isinstance(self.environment, Premade):
+            return await self.trainer.forward_backward("policy", [], no_loss)
         samples = make_samples(groups, group_centred, token_weights)
         return await optimizer_step(self.trainer, "policy", samples, no_loss, AdamConfig(lr=1e-4))
 
@@ -145,7 +173,7 @@ def no_loss(*_: Any) -> Any:
     raise AssertionError("a fake trainer computes no loss")
 
 
-async def run(num_in_flight: int, num_samples: int, num_tokens: int) -> list[Mark]:
+async def run(environment: Environment, num_in_flight: int, num_samples: int, num_tokens: int) -> list[Mark]:
     """Run the loop over at least `num_samples` samples; readings at the end of every step."""
     groups_per_step = num_in_flight // (GROUP_SIZE * (MAX_STALENESS + 1))
     num_steps = -(-num_samples // (groups_per_step * GROUP_SIZE))
@@ -165,8 +193,8 @@ async def run(num_in_flight: int, num_samples: int, num_tokens: int) -> list[Mar
         events = Events(Path(folder) / "events.jsonl")
         refit = Refit(trainer, engine, "policy", settings.num_versions, events)
         await refit.publish(0)
-        stages = Stages(settings, engine, trainer, events)
-        ledger = Ledger(len(stages.environment), 0, "")
+        stages = Stages(settings, engine, trainer, events, environment)
+        ledger = Ledger(len(environment), 0, "")
         backlog = Backlog(groups_per_step, MAX_STALENESS, "correct", settings.staleness_limit)
         loop = Loop(
             stages,
@@ -197,47 +225,111 @@ def rates(marks: Sequence[Mark], per_step: int) -> dict[str, Cell]:
     }
 
 
-def measure(num_in_flight: int, num_samples: int, num_tokens: int, uvloop: bool) -> tuple[dict[str, Cell], list[Mark]]:
+def measure(
+    what: Literal["loop", "data path"],
+    num_in_flight: int,
+    num_samples: int,
+    num_tokens: int = 4,
+    uvloop: bool = False,
+    tuned: bool = True,
+) -> tuple[dict[str, Cell], list[Mark]]:
     """One row of the table, and its readings."""
-    gc.collect()
+    if tuned:
+        tune_garbage_collector()
     before = Mark.now()
-    marks = anyio.run(run, num_in_flight, num_samples, num_tokens, backend_options={"use_uvloop": uvloop})
+    environment = Premade() if what == "loop" else OneTurn()
+    options = {"use_uvloop": uvloop}
+    marks = anyio.run(run, environment, num_in_flight, num_samples, num_tokens, backend_options=options)
     row: dict[str, Cell] = {
+        "what": what,
         "in flight": num_in_flight,
         "tokens": num_tokens,
-        "loop": "uvloop" if uvloop else "asyncio",
+        "on": "uvloop" if uvloop else "asyncio",
+        "gc": "tuned" if tuned else "default",
         **rates(marks, num_in_flight // (MAX_STALENESS + 1)),
         "KiB/sample in flight": (max(mark.rss for mark in marks) - before.rss) / num_in_flight / 2**10,
     }
     return row, marks
 
 
-def memory_rows(marks: Sequence[Mark], per_step: int, num_rows: int = 10) -> list[dict[str, Cell]]:
-    """RSS at equal distances."""
-    every = len(marks) // num_rows
-    return [
-        {"samples": (number + 1) * per_step, "RSS MiB": round(mark.rss / 2**20, 1)}
-        for number, mark in list(enumerate(marks))[every - 1 :: every]
-    ]
+def anyio_alone(num_samples: int, uvloop: bool) -> float:
+    """Samples per CPU second of the least that any loop on anyio does: a task with a timeout and one wait for each."""
+    tune_garbage_collector()
+    held: deque[asyncio.Future[None]] = deque()
+
+    async def member() -> None:
+        with anyio.move_on_after(600):
+            held.append(asyncio.get_running_loop().create_future())
+            await held[-1]
+
+    async def group() -> None:
+        async with anyio.create_task_group() as members:
+            for _ in range(GROUP_SIZE):
+                members.start_soon(member)
+
+    async def groups() -> None:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(num_samples // GROUP_SIZE):
+                tasks.start_soon(group)
+                while len(held) > 800:
+                    held.popleft().set_result(None)
+                await anyio.lowlevel.checkpoint()
+            while held:
+                held.popleft().set_result(None)
+                await anyio.lowlevel.checkpoint()
+
+    started = time.process_time()
+    anyio.run(groups, backend_options={"use_uvloop": uvloop})
+    return num_samples / (time.process_time() - started)
+
+
+def memory_rows(marks: Sequence[Mark], per_step: int) -> list[dict[str, Cell]]:
+    """RSS after each tenth of the samples."""
+    every = len(marks) // 10
+    numbered = list(enumerate(marks, start=1))[every - 1 :: every]
+    return [{"samples": step * per_step, "RSS MiB": round(mark.rss / 2**20, 1)} for step, mark in numbered]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", type=int, metavar="IN_FLIGHT", help="print where the time goes; write nothing")
-    parser.add_argument("--samples", type=int, default=10**6, help="of the run that watches the memory")
     args = parser.parse_args()
     if args.profile:
         with cProfile.Profile() as profile:
-            measure(args.profile, 10 * args.profile, 4, uvloop=False)
+            measure("data path", args.profile, 10 * args.profile)
         pstats.Stats(profile).sort_stats("tottime").print_stats(40)
         return
+
+    def fresh(*arguments: Any) -> tuple[dict[str, Cell], list[Mark]]:
+        """Measured in a process of its own, whose memory nothing else has used."""
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            return process.submit(measure, *arguments).result()
+
     report = Report("loop_overhead", ["anyio", "uvloop", "numpy"])
-    rows = []
-    # Ascending, because memory that a larger run has freed would hide what a smaller one takes.
-    for num_in_flight, num_samples in ((10**3, 40_000), (10**4, 100_000), (10**5, 400_000)):
-        for uvloop in (False, True):
-            rows.append(measure(num_in_flight, num_samples, 4, uvloop)[0])
-    rows.append(measure(10**3, 20_000, 1024, uvloop=False)[0])
+    rows = [
+        fresh(what, num_in_flight, num_samples, 4, uvloop)[0]
+        for num_in_flight, num_samples in ((10**3, 40_000), (10**4, 80_000), (10**5, 220_000))
+        for what, uvloop in (("loop", False), ("loop", True), ("data path", False))
+    ]
+    rows.append(fresh("data path", 10**3, 20_000, 1024)[0])
+    rows.append(fresh("loop", 10**3, 40_000, 4, False, False)[0])
+    rows.append(fresh("loop", 10**5, 220_000, 4, False, False)[0])
     report.table("Cost of a sample", rows)
-    per_step = 10**3 // (MAX_STALENESS + 1)
-    row, marks = measure(10**3, args.samples, 4, uvloop=False)
+    for uvloop in (False, True):
+        rate = anyio_alone(40_000, uvloop)
+        report.line(
+            f"anyio alone, on {'uvloop' if uvloop else 'asyncio'}: {rate:,.0f} samples/CPU s, {1e6 / rate:.1f} us/sample"
+        )
+
+    _, marks = fresh("data path", 10**3, 10**6)
+    rows = memory_rows(marks, 10**3 // (MAX_STALENESS + 1))
+    report.table("Memory of the data path over 10^6 samples, 10^3 in flight", rows)
+    later = marks[len(marks) // 10 :]
+    samples = np.arange(len(later)) * (10**3 // (MAX_STALENESS + 1))
+    slope = np.polyfit(samples, [mark.rss for mark in later], 1)[0]
+    report.line(f"slope after the first tenth: {slope:.2f} bytes/sample, of which these readings are about 1")
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
     rlloop grpo --env arithmetic --env-args '{"max_operand": 20, "operators": "+-"}'
 
-The reward is 1 for the exact number and nothing else, 0.5 when the last number of the answer is right, and else 0.
+The reward is 1 when the last number of the answer is right, else 0.
 """
 
 from __future__ import annotations
@@ -57,8 +57,5 @@ class Arithmetic(MessageEnvironment):
         return [{"role": "user", "content": f"What is {task.expression}? Reply with the number only."}]
 
     def score(self, task: Sum, rollout: Rollout) -> float:
-        """1, 0.5 or 0."""
-        if rollout.text.strip() == str(task.answer):
-            return 1.0
-        numbers = re.findall(r"-?\d+", rollout.text)
-        return 0.5 if numbers and int(numbers[-1]) == task.answer else 0.0
+        """1 or 0."""
+        return float(re.findall(r"-?\d+", rollout.text)[-1:] == [str(task.answer)])

@@ -269,5 +269,7 @@ def parse(settings: type[SettingsT], args: list[str], prog: str) -> tuple[Settin
     except ConfigFileError as error:
         raise ConfigError(str(error)) from error
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{rest[rest.index(error.doc) - 1]}: expected {_TABLE}: {error} (got {error.doc!r})") from error
+        raise ConfigError(
+            f"{rest[rest.index(error.doc) - 1]}: expected {_TABLE}: {error} (got {error.doc!r})"
+        ) from error
     return resolved, dry_run

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
@@ -41,15 +39,7 @@ class StepMetrics:
         self.totals = dict.fromkeys(TOTALS, 0.0)
         """Sums over the run; a resumed run goes on from those of its checkpoint."""
         self._before: dict[str, float] = {}
-        self._checkpoint_seconds = 0.0
         self._change_since_last()
-
-    @contextmanager
-    def checkpointing(self) -> Iterator[None]:
-        """Time a checkpoint, if the block writes one."""
-        started = monotonic()
-        yield
-        self._checkpoint_seconds = monotonic() - started
 
     def of(self, step: Step) -> Metrics:
         """All metrics of a step that has just ended."""
@@ -77,7 +67,7 @@ class StepMetrics:
             "time/wait_rollouts": step.wait_seconds,
             "time/refit": step.refit.publish_seconds,
             "time/refit_stall": step.refit.stall_seconds,
-            "time/checkpoint": self._checkpoint_seconds,
+            "time/checkpoint": 0.0,  # of one that is written now, the caller
             "time/trainer_idle_frac": 1.0 - min(1.0, trainer_busy),
             "time/engine_idle_frac": 1.0 - min(1.0, engine_busy),
             "refit/export_seconds": step.refit.export_seconds,

@@ -33,7 +33,7 @@ def derive_seed(*parts: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-@dataclass
+@dataclass(slots=True)
 class EnginePolicy:
     """See `rlloop.environment.Policy`. The seed of turn t derives from (`seed`, t)."""
 

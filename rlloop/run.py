@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
 import anyio
@@ -113,11 +115,13 @@ class Run:
 
     async def finish_step(self, step: Step) -> None:
         """See `Stages.finish_step`."""
-        with self._metrics.checkpointing():
-            if step.number % self.settings.checkpoint.every == 0:
-                await self._save()
+        metrics = self._metrics.of(step)  # before the checkpoint, which has the run's totals in it
+        started = monotonic()
+        if step.number % self.settings.checkpoint.every == 0:
+            await self._save()
+            metrics["time/checkpoint"] = monotonic() - started
         self.tracker.completions(step.number, completion_rows(step, self.tokenizer))
-        self.tracker.log(step.number, self._metrics.of(step))
+        self.tracker.log(step.number, metrics)
         self.events.flush()
 
     async def _save(self) -> None:
@@ -277,11 +281,21 @@ def run(main: Callable[[SettingsT, str], Coroutine[Any, Any, None]], settings: S
         async with stop_on_signals():
             await main(settings, marker)
 
+    tune_garbage_collector()
     with guard() as marker:
         try:
             anyio.run(stoppable)
         except BaseExceptionGroup as group:
             raise _first(group) from None
+
+
+def tune_garbage_collector() -> None:
+    """Look for cyclic garbage, of which a run makes little, less often.
+
+    Every search walks through what waiting rollouts hold: with 10^5 samples in flight, half of the loop's time at
+    Python's default of 700.
+    """
+    gc.set_threshold(50_000)
 
 
 def _first(error: BaseException) -> BaseException:

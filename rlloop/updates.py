@@ -26,13 +26,14 @@ PER_TOKEN = {
 async def optimizer_step(
     trainer: Trainer, adapter: str, samples: Sequence[Sample], loss: Loss, adam: AdamConfig
 ) -> Metrics:
-    """forward_backward over all samples, then optim_step, which is the last await and not cancelled. A batch without samples makes no step."""
+    """forward_backward over all samples, then optim_step: the last await, and not cancelled. Without samples, no step."""
     if not samples:  # every group got the same reward throughout: there is nothing to learn from
         return {"optim/skipped_steps": 1.0, "optim/lr": adam.lr}
     started = monotonic()
     found = await trainer.forward_backward(adapter, samples, loss)
     stepped = monotonic()
-    with CancelScope(shield=True):  # once sent it is made: the ledger must hear of it, or a resume trains the groups again
+    # Once sent it is made: the ledger must hear of it, or a resume trains the groups again.
+    with CancelScope(shield=True):
         result = await trainer.optim_step(adapter, adam)
     seconds = stepped - started
     return {

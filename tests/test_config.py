@@ -21,7 +21,11 @@ BAD_FLAGS = {
     "not a number": ("--optim.lr nan", "--optim.lr", "finite number", "got 'nan'"),
     "beta of 1": ("--optim.beta1 1", "--optim.beta1", "less than 1", "got '1'"),
     "greedy": ("--sampling.temperature 0", "--sampling.temperature", "greater than 0", "got '0'"),
-    "share above 1": ("--engine.gpu-memory-utilization 1.1", "--engine.gpu-memory-utilization", "less than or equal to 1"),
+    "share above 1": (
+        "--engine.gpu-memory-utilization 1.1",
+        "--engine.gpu-memory-utilization",
+        "less than or equal to 1",
+    ),
     "unknown trainer": ("--trainer.kind peff", "--trainer.kind", "'peft'", "got 'peff'"),
     "unknown choice": ("--on-stale skip", "--on-stale", "'correct', 'drop' or 'wait'", "got 'skip'"),
     "torn JSON": ("--env-args {x", "--env-args: expected a table", "got '{x'"),
@@ -120,7 +124,7 @@ def test_the_flag_resume_wins_over_overwrite_in_the_file(tmp_path: Path) -> None
 
 def test_settings_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        RunSettings().seed = 1  # type: ignore[misc]
+        RunSettings().seed = 1
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,13 @@ class VllmEngine:
     async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
         """See `Engine.publish`."""
         started = time.monotonic()
-        with self._death_is_an_engine_error():
-            ranks = await self._llm.collective_rpc("refit_load", args=(version, asdict(ticket)))
+        try:
+            with self._death_is_an_engine_error():
+                ranks = await self._llm.collective_rpc("refit_load", args=(version, asdict(ticket)))
+        except EngineError:
+            raise
+        except Exception as error:  # vLLM hands on what a worker raises as a plain Exception with its text
+            raise RefitError(f"the engine refused policy version {version}: {error}") from error
         for rank, held in enumerate(ranks):
             if held["digest"] != ticket.digest:
                 await self._llm.collective_rpc("refit_drop", args=(version,))

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from anyio import CancelScope
-
 from rlloop.config import TrainerSettings
 from rlloop.errors import TrainerError
 from rlloop.events import Events
@@ -71,8 +69,7 @@ class PeftTrainer:
 
     async def optim_step(self, name: str, adam: AdamConfig) -> OptimResult:
         """Clip, step, zero the gradient; raises NonFiniteError after several non-finite ones in a row."""
-        # A cancelled call would leave it open whether the step was made, and so what a checkpoint may say of it.
-        with self._events.span("optim_step", "trainer"), CancelScope(shield=True):
+        with self._events.span("optim_step", "trainer"):
             result: OptimResult = await self._ranks.call("optim_step", name, adam)
         return result
 

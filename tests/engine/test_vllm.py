@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import time
@@ -94,6 +95,11 @@ class Harness:
         request = GenerationRequest(tokens=PROMPT, policy_version=version, max_tokens=16, seed=7)
         return self.do(lambda: self.engine.generate(replace(request, **changes)))
 
+    async def wait_for_tokens(self, number: int) -> None:
+        """Until the engine has sampled so many since it started."""
+        while self.engine.statistics().num_generated_tokens < number:  # noqa: ASYNC110 - nothing else tells
+            await anyio.sleep(0.002)
+
     def assert_sampled_by(self, weights: Weights, completions: list[Completion]) -> None:
         for completion in completions:
             found = self.reference.logprobs(weights, PROMPT, completion)
@@ -119,6 +125,8 @@ def shared(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             with portal.wrap_async_context_manager(vllm) as engine:
                 prefix = shared_memory_prefix(marker)
                 yield Harness(engine, portal, Reference(tiny_llama), folder, prefix)
+            del engine, vllm
+            gc.collect()  # vLLM leaves a zmq context to the collector, which warns: here that is no error
     finally:
         os.environ.clear()
         os.environ.update(environment)
@@ -177,8 +185,7 @@ def test_requests_in_flight_across_a_publish_keep_their_version(harness: Harness
 
             before = harness.engine.statistics().num_generated_tokens
             tasks.start_soon(in_flight)
-            while harness.engine.statistics().num_generated_tokens < before + 40:
-                await anyio.sleep(0.002)
+            await harness.wait_for_tokens(before + 40)
             harness.engine.reset_longest_gap()
             await harness.engine.publish(new, ticket)
             assert not found, "the requests ended before the publish did"
@@ -254,7 +261,9 @@ def refuse(harness: Harness, ticket: AdapterTicket, *parts: str) -> None:
 
 def test_a_tensor_that_no_layer_would_use_is_refused(harness: Harness) -> None:
     _, weights = harness.new_version()
-    renamed = {name.replace("layers.1.self_attn.q_proj", "layers.1.self_attn.qq_proj"): w for name, w in weights.items()}
+    renamed = {
+        name.replace("layers.1.self_attn.q_proj", "layers.1.self_attn.qq_proj"): w for name, w in weights.items()
+    }
     refuse(harness, harness.write(renamed), "qq_proj")
 
 
@@ -304,8 +313,7 @@ def test_a_cancelled_request_does_not_run_on(harness: Harness) -> None:
         before = harness.engine.statistics().num_generated_tokens
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(harness.engine.generate, request)
-            while harness.engine.statistics().num_generated_tokens < before + 20:
-                await anyio.sleep(0.002)
+            await harness.wait_for_tokens(before + 20)
             tasks.cancel_scope.cancel()
         await anyio.sleep(0.3)
         stopped = harness.engine.statistics().num_generated_tokens
@@ -317,7 +325,6 @@ def test_a_cancelled_request_does_not_run_on(harness: Harness) -> None:
     generated, afterwards, num_running = harness.do(run)
     assert 20 <= generated < 4 * 450
     assert (afterwards, num_running) == (0, 0)
-    started = time.monotonic()
     busy = harness.engine.statistics().busy_seconds
     time.sleep(0.05)
-    assert harness.engine.statistics().busy_seconds == busy, started
+    assert harness.engine.statistics().busy_seconds == busy

@@ -46,8 +46,8 @@ def test_the_question() -> None:
     [
         ("7", 1.0),
         (" 7\n", 1.0),
-        ("7.", 0.5),
-        ("3 + 4 = 7", 0.5),
+        ("7.", 1.0),
+        ("3 + 4 = 7", 1.0),
         ("3 + 4 is 7, not 8", 0.0),
         ("17", 0.0),
         ("-7", 0.0),
@@ -61,7 +61,7 @@ def test_score(text: str, reward: float) -> None:
 
 def test_score_of_a_negative_answer() -> None:
     assert Arithmetic().score(Sum("3 - 4", -1), rollout("-1")) == 1.0
-    assert Arithmetic().score(Sum("3 - 4", -1), rollout("It is -1")) == 0.5
+    assert Arithmetic().score(Sum("3 - 4", -1), rollout("It is -1")) == 1.0
 
 
 @pytest.mark.parametrize("args", [{"operators": "/"}, {"operators": ""}, {"max_operand": -1}, {"num_tasks": 0}])

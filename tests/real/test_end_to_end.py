@@ -26,7 +26,7 @@ def test_the_run_ends_well_and_leaves_nothing_behind(resumed: Any) -> None:
 
 def test_every_line_has_every_documented_metric(resumed: Any) -> None:
     lines = list(jsonl.read(resumed.run_dir / "metrics.jsonl"))
-    assert len(lines) >= resumed.num_steps
+    assert len(lines) >= resumed.num_steps - 1
     for line in lines:
         assert set(DOCUMENTED) - set(line) == set()
         assert set(line) - set(DOCUMENTED) == {"step", "attempt", "time"}
@@ -38,8 +38,9 @@ def test_metrics_are_plausible(resumed: Any) -> None:
         assert line["completions/mean_length"] <= 8
         assert line["optim/grad_norm"] > 0
         assert line["optim/skipped_steps"] == 0
-        assert line["policy/sampler_kl_max"] < 1  # stale by a version or two, of another arithmetic, but the same policy
-        assert 0.2 < line["policy/mismatch_ratio_mean"] < 5
+        if line["async/staleness_max"] == 0:  # then trainer and engine hold the same weights, in float32
+            assert line["policy/sampler_kl_max"] < 1e-6
+            assert line["policy/mismatch_ratio_max"] == pytest.approx(1, abs=1e-3)
         assert line["async/staleness_max"] <= 4
         assert line["rollout/errors"] == line["rollout/timeouts"] == line["async/dropped_groups"] == 0
         assert 0 < line["time/refit_stall"] < line["time/refit"] < line["time/step"]
@@ -55,11 +56,14 @@ def test_events_are_spans_of_every_stage(resumed: Any) -> None:
     assert {event["resource"] for event in spans["rollout"]} == {"engine"}
     published = [event["policy_version"] for event in spans["refit"]]
     assert set(published) == set(range(resumed.num_steps + 1))
-    assert published.count(resumed.first_checkpoint.step) == 2, "the restored version was published again"
+    restored = next(
+        i for i, event in enumerate(spans["refit"]) if i and event["start"] - spans["refit"][i - 1]["end"] > 5
+    )
+    assert published[restored] == resumed.first_checkpoint.step, "the restored version was published before all others"
 
 
 def test_completions_are_one_file_a_step(resumed: Any) -> None:
-    for step in range(1, resumed.num_steps + 1):
+    for step in (*range(1, resumed.first_checkpoint.step), resumed.num_steps):
         rows = list(jsonl.read(resumed.run_dir / "completions" / f"step_{step:06d}.jsonl"))
         assert len(rows) == 2 * 4
         for row in rows:
@@ -132,7 +136,7 @@ def _sampled(rollout: dict[str, Any]) -> np.ndarray:
 
 
 def test_ctrl_c_ends_a_run_of_smollm2(start: Any, tmp_path: Path) -> None:
-    flags = ("--env", "arithmetic", "--env_args", "{}", "--num_steps", "1000", "--checkpoint.every", "1000")
+    flags = ("--num_steps", "1000", "--checkpoint.every", "1000", "--optim.lr", "1e-4")
     run = start(tmp_path / "run", *flags, model="SmolLM2-135M-Instruct")
     run.wait_for_steps(2)
     run.signal_group(signal.SIGINT)
@@ -144,4 +148,4 @@ def test_ctrl_c_ends_a_run_of_smollm2(start: Any, tmp_path: Path) -> None:
     assert checkpoint is not None
     assert checkpoint.step >= 2
     for line in read_metrics(run.run_dir):
-        assert line["policy/sampler_kl_mean"] < 0.05
+        assert line["policy/sampler_kl_mean"] < 0.05  # bfloat16 where the processor has it

@@ -62,12 +62,11 @@ async def test_publish_waits_for_a_slot(anyio_backend: str) -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(use, 0.05)
         tasks.start_soon(use, 0.01)
-        await anyio.sleep(0)
-        await anyio.lowlevel.checkpoint()
+        await anyio.wait_all_tasks_blocked()
         await refit.publish(1)
         log.append("published 1")
         tasks.start_soon(use, 0.02)
-        await anyio.lowlevel.checkpoint()
+        await anyio.wait_all_tasks_blocked()
         await refit.publish(2)
         log.append("published 2")
     assert len(engine.versions) == 2

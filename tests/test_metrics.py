@@ -1,0 +1,158 @@
+"""Metrics of steps that are made up, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlloop import metrics as module
+from rlloop.ledger import Ledger
+from rlloop.loop import Step
+from rlloop.metrics import StepMetrics, completion_rows
+from rlloop.tracking.keys import DOCUMENTED
+from rlloop.types import EngineStatistics, Group, Prompt, RefitReport, Rollout
+
+STATISTICS = EngineStatistics(100, 10.0, 0, 0, 0.0, 0.25, {1: 0.5})
+REPORT = RefitReport(2, 4096, 0.01, 0.02, 0.03, 0.04, 0.2)
+
+
+@dataclass
+class Engine:
+    now: EngineStatistics = STATISTICS
+    num_resets: int = 0
+
+    def statistics(self) -> EngineStatistics:
+        return self.now
+
+    def reset_longest_gap(self) -> None:
+        self.num_resets += 1
+
+
+@dataclass
+class Counts:
+    """What StepMetrics reads of a Loop."""
+
+    num_in_flight: int = 3
+    dropped: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(module, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def rollout(reward: float, num_sampled: int = 2, finish_reason: str = "stop", **metrics: float) -> Rollout:
+    loss_mask = np.array([False, False] + [True] * num_sampled)
+    tokens = np.arange(10, 10 + len(loss_mask), dtype=np.int32)
+    text = f"text {reward}"
+    return Rollout(tokens, loss_mask, np.zeros(len(tokens), np.float32), 1, finish_reason, 1, text, reward, metrics)
+
+
+def make_step(**changes: Any) -> Step:
+    groups = [
+        Group(Prompt(4, 0, 0, None), (rollout(0.0), rollout(1.0, 4, "length", tries=2)), policy_version=1),
+        Group(Prompt(5, 1, 0, None), (rollout(0.5), rollout(0.5, tries=4)), policy_version=0),
+    ]
+    trained = {"optim/skipped_steps": 0.0, "progress/tokens_trained": 10.0, "optim/lr": 0.1}
+    return replace(Step(2, groups, trained, 1.5, 2.0, REPORT), **changes)
+
+
+def make_metrics() -> tuple[StepMetrics, Engine, Counts]:
+    engine, counts, ledger = Engine(), Counts(), Ledger(4, 0, "")
+    for _ in range(6):
+        ledger.next()
+    ledger.trained(range(6), 2)
+    return StepMetrics(counts, ledger, engine), engine, counts  # type: ignore[arg-type]
+
+
+def test_one_step(clock: Clock) -> None:
+    metrics, engine, counts = make_metrics()
+    clock.now += 4.0
+    engine.now = replace(STATISTICS, num_generated_tokens=180, busy_seconds=13.0)
+    counts.dropped.update(stale=2, failed=1, too_long=1)
+    counts.failures.update(error=3, timeout=1)
+    found = metrics.of(make_step())
+    expected = {
+        "reward/mean": 0.5,
+        "reward/std": np.std([0, 1, 0.5, 0.5]),
+        "reward/min": 0.0,
+        "reward/max": 1.0,
+        "reward/frac_zero_std": 0.5,
+        "completions/mean_length": 2.5,
+        "completions/clipped_ratio": 0.25,
+        "env/tries": 3.0,
+        "async/staleness_mean": 0.5,  # step 2 trains on version 1
+        "async/staleness_max": 1.0,
+        "async/in_flight": 3.0,
+        "async/dropped_groups": 4.0,
+        "async/dropped_stale": 2.0,
+        "async/dropped_failed": 1.0,
+        "rollout/errors": 3.0,
+        "rollout/timeouts": 1.0,
+        "time/step": 4.0,
+        "time/wait_rollouts": 1.5,
+        "time/refit": 0.2,
+        "time/refit_stall": 0.09,
+        "time/trainer_idle_frac": 0.5,
+        "time/engine_idle_frac": 0.25,
+        "refit/first_token_seconds": 0.5,
+        "refit/longest_gap_seconds": 0.25,
+        "perf/overlap_efficiency": 0.75,
+        "perf/gen_tokens_per_second": 20.0,
+        "progress/tokens_sampled": 80.0,
+        "progress/tokens_trained": 10.0,
+        "progress/prompts": 6.0,
+        "progress/epoch": 1.5,
+        "optim/lr": 0.1,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert engine.num_resets == 1
+
+
+def test_the_next_step_has_its_own_changes_and_the_totals_of_both(clock: Clock) -> None:
+    metrics, engine, counts = make_metrics()
+    clock.now += 4.0
+    counts.failures.update(error=3)
+    metrics.of(make_step(metrics={"optim/skipped_steps": 1.0}))
+    clock.now += 2.0
+    counts.failures.update(error=1)
+    engine.now = replace(STATISTICS, num_generated_tokens=140)
+    found = metrics.of(make_step(metrics={"optim/skipped_steps": 1.0, "progress/tokens_trained": 7.0}))
+    assert (found["time/step"], found["rollout/errors"], found["perf/gen_tokens_per_second"]) == (2.0, 1.0, 20.0)
+    assert (found["optim/skipped_steps"], found["progress/tokens_trained"]) == (2.0, 7.0)
+
+
+def test_every_documented_metric_is_there_even_if_nothing_was_trained(clock: Clock) -> None:
+    metrics, *_ = make_metrics()
+    clock.now += 1.0
+    found = metrics.of(make_step(metrics={"optim/skipped_steps": 1.0}))
+    assert set(DOCUMENTED) - set(found) == set()
+    assert np.isnan(found["loss/policy"])
+    assert np.isnan(found["policy/kl_ref"])
+
+
+def test_completion_rows() -> None:
+    tokenizer = SimpleNamespace(decode=lambda tokens: "|".join(map(str, tokens)))
+    rows = completion_rows(make_step(), tokenizer)
+    assert [row["ordinal"] for row in rows] == [4, 4, 5, 5]
+    assert rows[1] == {
+        "ordinal": 4,
+        "policy_version": 1,
+        "prompt": "10|11",
+        "text": "text 1.0",
+        "reward": 1.0,
+        "finish_reason": "length",
+        "num_tokens": 4,
+    }

@@ -1,0 +1,439 @@
+"""Whole runs on the fake engine and the fake trainer: killed at any moment, stopped, resumed; rewards that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlloop import checkpoint as checkpoints
+from rlloop.advantages import group_centred, token_weights
+from rlloop.checkpoint import newest_checkpoint
+from rlloop.config import RunSettings
+from rlloop.engine.fake import FakeEngine
+from rlloop.environment import Policy, Trajectory
+from rlloop.errors import BadEnvironmentError, CheckpointError, EngineError, Stopped, TrainerError
+from rlloop.events import Events
+from rlloop.ledger import Ledger
+from rlloop.refit.publisher import Refit
+from rlloop.rewards import Scorer
+from rlloop.run import POLICY, Run, _first, run
+from rlloop.run_directory import open_run_directory
+from rlloop.samples import make_samples
+from rlloop.signals import stop_on_signals
+from rlloop.tracking import Trackers, jsonl
+from rlloop.tracking.files import Files, read_metrics
+from rlloop.trainer.fake import FakeTrainer
+from rlloop.types import (
+    AdamConfig,
+    AdapterTicket,
+    Completion,
+    Failure,
+    GenerationRequest,
+    Group,
+    LoraConfig,
+    Metrics,
+    OptimResult,
+    RefitReport,
+    Rollout,
+)
+from rlloop.updates import optimizer_step
+
+NUM_TASKS = 5
+Moment = Callable[[], None]
+
+
+def nothing() -> None:
+    """A moment at which nothing happens."""
+
+
+class Tokenizer:
+    def decode(self, tokens: Any) -> str:
+        return " ".join(map(str, tokens))
+
+
+class Environment:
+    """One answer a rollout; tasks are their indices."""
+
+    def __len__(self) -> int:
+        return NUM_TASKS
+
+    def task(self, index: int) -> int:
+        return index
+
+    async def rollout(self, task: int, policy: Policy) -> Rollout:
+        trajectory = Trajectory()
+        trajectory.observe([task, 2, 3])
+        trajectory.act(await policy.generate(trajectory.tokens))
+        return trajectory.finish(f"answer to {task}", "stop")
+
+    def score(self, task: int, rollout: Rollout) -> float:
+        return float(rollout.tokens[-1] % 7)
+
+
+class Scores:
+    """Scores at once, in this process."""
+
+    async def score(self, task: Any, rollout: Rollout) -> float | Failure:
+        return Environment().score(task, rollout)
+
+
+class Engine(FakeEngine):
+    def __init__(self, moment: Moment) -> None:
+        super().__init__(delay=self._wait)
+        self._moment = moment
+
+    async def _wait(self, request: GenerationRequest) -> None:
+        await anyio.sleep((request.seed or 0) % 5 / 2000)
+
+    async def generate(self, request: GenerationRequest) -> list[Completion]:
+        completions = await super().generate(request)
+        self._moment()
+        return completions
+
+    async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
+        assert ticket.digest == f"fake-{version}", "the weights are not those of the version"
+        self._moment()
+        return await super().publish(version, ticket)
+
+
+class Trainer(FakeTrainer):
+    """Its weights are the prompts that they were trained on."""
+
+    def __init__(self, moment: Moment) -> None:
+        super().__init__()
+        self._moment = moment
+        self.weights: list[int] = []
+
+    async def optim_step(self, name: str, adam: AdamConfig) -> OptimResult:
+        self._moment()
+        # What a rank was told it does, whether or not anybody still waits for the answer.
+        result = await super().optim_step(name, adam)
+        self.weights += self.prompt_ids
+        self.prompt_ids = []
+        await anyio.sleep(0.002)
+        self._moment()
+        return result
+
+    async def save(self, name: str, folder: Path) -> None:
+        await super().save(name, folder)
+        self._moment()
+        (folder / "state" / "weights.json").write_text(json.dumps(self.weights))
+
+    async def load(self, name: str, folder: Path) -> None:
+        await super().load(name, folder)
+        self.weights = json.loads((folder / "state" / "weights.json").read_text())
+
+
+@asynccontextmanager
+async def open_fake_run(config: RunSettings, scorer: Any = None, moment: Moment = nothing) -> AsyncIterator[Run]:
+    """As `rlloop.run.open_run`, with the fakes."""
+    with open_run_directory(config) as directory:
+        checkpoint = newest_checkpoint(directory.path) if config.resume else None
+        identity = (NUM_TASKS, config.seed, "fingerprint")
+        ledger = Ledger.restore(checkpoint.ledger, *identity) if checkpoint else Ledger(*identity)
+        engine, trainer, events = Engine(moment), Trainer(moment), Events(directory.path / "events.jsonl")
+        tracker = Trackers({"files": Files(directory.path, directory.attempt)}, lambda text: None)
+        await trainer.create_adapter(POLICY, LoraConfig())
+        if checkpoint:
+            await trainer.load(POLICY, checkpoint.folder)
+        try:
+            yield Run(
+                settings=config,
+                directory=directory,
+                environment=Environment(),
+                scorer=scorer or Scores(),  # type: ignore[arg-type]
+                tokenizer=Tokenizer(),
+                engine=engine,
+                trainer=trainer,
+                refit=Refit(trainer, engine, POLICY, config.num_versions, events),
+                ledger=ledger,
+                events=events,
+                tracker=tracker,
+                first_step=checkpoint.step if checkpoint else 0,
+                totals=checkpoint.manifest["totals"] if checkpoint else {},
+                fingerprint="fingerprint",
+            )
+        finally:
+            tracker.close()
+            events.close()
+
+
+async def update(trainer: Any, groups: list[Group]) -> Metrics:
+    samples = make_samples(groups, group_centred, token_weights)
+    return await optimizer_step(trainer, POLICY, samples, None, AdamConfig(lr=1.0))  # type: ignore[arg-type]
+
+
+def make_settings(run_dir: Path, **changes: Any) -> RunSettings:
+    fixed = {"groups_per_step": 2, "group_size": 2, "num_steps": 6, "max_staleness": 1, "on_stale": "wait"}
+    return RunSettings(run_dir=run_dir, env="arithmetic", **{**fixed, **changes})
+
+
+def train(config: RunSettings, moment: Moment = nothing, scorer: Any = None) -> None:
+    async def main() -> None:
+        async with stop_on_signals(), open_fake_run(config, scorer, moment) as fake:
+            await fake.train(update)
+
+    anyio.run(main)
+
+
+# --- Killed and stopped at random moments -------------------------------------------------------------------------------
+
+
+def attempt(config: RunSettings, number: signal.Signals, at: int) -> int:
+    """Run in a forked process that sends itself the signal at moment `at`; -> its exit status."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = 1
+    try:
+        left = at
+
+        def moment(*_: object) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), number)
+
+        sync = checkpoints._sync  # called for each file of a checkpoint, before and after it gets its name
+
+        def sync_and_moment(path: Path) -> None:
+            sync(path)
+            moment()
+
+        checkpoints._sync = sync_and_moment
+        train(config, moment)
+        status = 0
+    except Stopped as stop:
+        status = stop.exit_code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@settings(max_examples=25, deadline=None)
+@given(
+    ends=st.lists(
+        st.tuples(st.sampled_from([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]), st.integers(1, 90)), max_size=4
+    ),
+    every=st.integers(1, 4),
+    max_staleness=st.integers(0, 2),
+)
+def test_every_prompt_is_trained_exactly_once_whenever_the_run_is_ended(
+    ends: list[tuple[signal.Signals, int]], every: int, max_staleness: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        config = make_settings(run_dir, max_staleness=max_staleness, checkpoint={"every": every})
+        done = False
+        for number, at in ends:
+            status = attempt(config, number, at)
+            assert status in (0, -number, 128 + number)
+            done = status == 0
+            if run_dir.exists():
+                config = config.model_copy(update={"resume": True})
+            if done:
+                break
+        if not done:
+            train(config)
+        final = newest_checkpoint(run_dir)
+        assert final is not None
+        assert final.step == 6
+        trained = Counter(json.loads((final.folder / "state" / "weights.json").read_text()))
+        # Of the weights that came out of it, so a step that was lost with its attempt does not count.
+        assert trained == dict.fromkeys(range(12), 2), "2 samples of each of the 12 prompts"
+        assert json.loads((final.folder / "state" / "fake.json").read_text())["steps"] == 6
+        assert final.ledger["counts"]["trained"] == final.ledger["low_water"] == 12
+        epochs = [
+            sorted(Ledger(NUM_TASKS, 0, "")._index(ordinal) for ordinal in range(first, first + 5)) for first in (0, 5)
+        ]
+        assert epochs == [list(range(NUM_TASKS))] * 2
+        assert not list((run_dir / "checkpoints").glob(".tmp-*"))
+
+
+def test_totals_go_on_after_a_resume(tmp_path: Path) -> None:
+    whole, parts = make_settings(tmp_path / "whole"), make_settings(tmp_path / "parts")
+    train(whole)
+    for num_steps, resume in ((2, False), (4, True), (6, True)):
+        train(parts.model_copy(update={"num_steps": num_steps, "resume": resume}))
+    for name in ("progress/tokens_trained", "progress/prompts", "progress/tokens_sampled", "optim/skipped_steps"):
+        assert [line["attempt"] for line in read_metrics(parts.run_dir)] == [1, 1, 2, 2, 3, 3]
+        assert read_metrics(parts.run_dir)[-1][name] == read_metrics(whole.run_dir)[-1][name], name
+
+
+def test_a_stop_is_saved_within_the_step(tmp_path: Path) -> None:
+    left = 30
+
+    def moment() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = make_settings(tmp_path / "run", num_steps=1000, checkpoint={"every": 1000})
+    with pytest.raises(Stopped, match="SIGINT"):
+        train(config, moment)
+    saved = newest_checkpoint(config.run_dir)
+    assert saved is not None
+    assert saved.step in range(1, 10)
+    assert Counter(json.loads((saved.folder / "state" / "weights.json").read_text())).total() == 4 * saved.step
+
+
+# --- Rewards that fail --------------------------------------------------------------------------------------------------
+
+FAILING = """
+import time
+
+class Failing:
+    def __init__(self, how):
+        self.how = how
+
+    def __len__(self):
+        return 5
+
+    def task(self, index):
+        return index
+
+    async def rollout(self, task, policy):
+        raise NotImplementedError("only scores")
+
+    def score(self, task, rollout):
+        if rollout.tokens[-1] % 3:
+            return 1.0
+        if self.how == "raise":
+            raise KeyError("answer")
+        if self.how == "hang":
+            time.sleep(600)
+        return {"nan": float("nan"), "none": None}[self.how]
+"""
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "tests_env_failing.py").write_text(FAILING)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "tests_env_failing:Failing"
+
+
+@pytest.mark.parametrize(
+    ("how", "metric"),
+    [("raise", "rollout/errors"), ("nan", "rollout/errors"), ("none", "rollout/errors"), ("hang", "rollout/timeouts")],
+)
+@pytest.mark.anyio
+async def test_a_reward_that_fails_is_counted_and_is_no_reward(
+    how: str, metric: str, failing: str, tmp_path: Path, anyio_backend: str
+) -> None:
+    num_steps = 2 if how == "hang" else 4
+    config = make_settings(tmp_path / "run", group_size=4, num_steps=num_steps, environment={"min_group_size": 1})
+    async with (
+        Scorer(failing, {"how": how}, num_workers=2, timeout=0.4) as scorer,
+        open_fake_run(config, scorer) as fake,
+    ):
+        await fake.train(update)
+    lines = read_metrics(config.run_dir)
+    other = {"rollout/errors": "rollout/timeouts", "rollout/timeouts": "rollout/errors"}[metric]
+    rows = [row for step in range(1, num_steps + 1) for row in rows_of(config.run_dir, step)]
+    assert len(lines) == num_steps
+    assert sum(line[metric] for line in lines) > 0
+    assert sum(line[other] for line in lines) == 0
+    # All that came through is what the reward function returned; a failure has become neither 0 nor NaN.
+    assert {row["reward"] for row in rows} == {1.0}
+    assert {(line["reward/min"], line["reward/mean"], line["reward/max"]) for line in lines} == {(1.0, 1.0, 1.0)}
+    dropped = sum(line["async/dropped_failed"] for line in lines)
+    assert len(rows) + sum(line[metric] for line in lines) == 4 * (2 * num_steps + dropped)
+
+
+def rows_of(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    return list(jsonl.read(run_dir / "completions" / f"step_{step:06d}.jsonl"))
+
+
+@pytest.mark.anyio
+async def test_a_reward_that_always_fails_ends_the_run_with_its_error(tmp_path: Path, anyio_backend: str) -> None:
+    class Broken:
+        async def score(self, task: Any, rollout: Rollout) -> float | Failure:
+            return Failure("error", "score", "KeyError: 'answer' (my_env.py:7)")
+
+    config = make_settings(tmp_path / "run")
+    with pytest.raises(ExceptionGroup) as caught:
+        async with open_fake_run(config, Broken()) as fake:
+            await fake.train(update)
+    error = _first(caught.value)
+    assert isinstance(error, BadEnvironmentError)
+    assert "my_env.py:7" in str(error)
+
+
+# --- Errors -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_an_engine_that_dies_leaves_a_checkpoint_of_the_last_step(tmp_path: Path, anyio_backend: str) -> None:
+    config = make_settings(tmp_path / "run", checkpoint={"every": 1000})
+    async with open_fake_run(config) as fake:
+        generate = fake.engine.generate
+
+        async def die(request: GenerationRequest) -> list[Completion]:
+            if request.policy_version == 3:
+                raise EngineError("the engine died")
+            return await generate(request)
+
+        fake.engine.generate = die  # type: ignore[method-assign]
+        with pytest.raises(ExceptionGroup) as caught:
+            await fake.train(update)
+    assert isinstance(_first(caught.value), EngineError)
+    saved = newest_checkpoint(config.run_dir)
+    assert saved is not None
+    assert saved.step in (3, 4)
+    async with open_fake_run(config.model_copy(update={"resume": True})) as fake:
+        await fake.train(update)
+        assert fake.ledger.counts["trained"] == fake.ledger.low_water == 12
+
+
+@pytest.mark.anyio
+async def test_the_first_error_is_told_even_if_nothing_can_be_saved(tmp_path: Path, anyio_backend: str) -> None:
+    config = make_settings(tmp_path / "run", checkpoint={"every": 1000})
+
+    async def die(*_: Any) -> Any:
+        raise TrainerError("trainer rank 0 was killed by SIGKILL")
+
+    async with open_fake_run(config) as fake:
+        fake.trainer.save = die  # type: ignore[assignment, method-assign]
+        fake.trainer.optim_step = die  # type: ignore[assignment, method-assign]
+        with pytest.raises((ExceptionGroup, TrainerError)) as caught:
+            await fake.train(update)
+    error = _first(caught.value)
+    assert isinstance(error, TrainerError)
+    assert not isinstance(error, CheckpointError)
+
+
+def test_run_raises_the_error_that_says_most() -> None:
+    nested = BaseExceptionGroup("", [ValueError("b"), ExceptionGroup("", [KeyError("a"), EngineError("died")])])
+    assert str(_first(nested)) == "died"
+    assert isinstance(_first(ExceptionGroup("", [KeyError("a"), ValueError("b")])), KeyError)
+
+
+def test_run_unwraps_the_groups_of_task_groups() -> None:
+    async def main(config: RunSettings, marker: str) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(fail, marker))
+
+    async def fail(marker: str) -> Awaitable[None]:
+        raise EngineError(f"with mark {len(marker)}")
+
+    with pytest.raises(EngineError, match="with mark 32"):
+        run(main, RunSettings())

@@ -1,0 +1,67 @@
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+
+from rlloop.advantages import group_centred, sequence_weights, token_weights
+from rlloop.samples import make_samples, with_old_logprobs, with_ref_logprobs, without_signal_free
+from rlloop.types import Group, Prompt, Rollout, Sample
+
+
+def rollout(num_prompt: int, num_sampled: int, reward: float) -> Rollout:
+    loss_mask = np.arange(num_prompt + num_sampled) >= num_prompt
+    tokens = np.arange(len(loss_mask), dtype=np.int32)
+    return Rollout(tokens, loss_mask, np.where(loss_mask, -2, 0).astype(np.float32), 3, "stop", 1, "", reward)
+
+
+def group(ordinal: int, *rollouts: Rollout) -> Group:
+    return Group(Prompt(ordinal, 0, 0, None), rollouts, 3)
+
+
+GROUPS = [group(7, rollout(2, 1, 1.0), rollout(2, 3, 0.0)), group(9, rollout(1, 4, 0.5), rollout(1, 2, 0.5))]
+
+
+def test_advantages_are_of_the_group_and_weights_of_the_batch() -> None:
+    samples = make_samples(GROUPS, group_centred, token_weights)
+    assert [sample.prompt_id for sample in samples] == [7, 7, 9, 9]
+    assert [set(sample.advantages.tolist()) for sample in samples] == [{0.5}, {-0.5}, {0.0}, {0.0}]
+    assert [len(sample.advantages) for sample in samples] == [3, 5, 5, 3]
+    # 10 sampled tokens: each counts a tenth.
+    total = sum(float(sample.loss_weights[sample.loss_mask].sum()) for sample in samples)
+    assert total == pytest.approx(1)
+    assert samples[1].loss_weights[-1] == pytest.approx(0.1)
+
+
+def test_every_sample_counts_the_same_with_sequence_weights() -> None:
+    samples = make_samples(GROUPS, group_centred, sequence_weights)
+    assert [float(s.loss_weights[s.loss_mask].sum()) for s in samples] == pytest.approx([0.25] * 4)
+
+
+def test_a_rollout_without_a_sampled_token_has_no_sample_but_counts_in_its_group() -> None:
+    samples = make_samples([group(1, rollout(3, 0, 0.0), rollout(3, 2, 1.0))], group_centred, token_weights)
+    assert [sample.advantages[0] for sample in samples] == [0.5]
+    assert np.isfinite(samples[0].loss_weights).all()
+
+
+def test_samples_without_a_signal_are_left_out_and_the_others_keep_their_weight() -> None:
+    samples = make_samples(GROUPS, group_centred, token_weights)
+    kept = without_signal_free(samples)
+    assert [sample.prompt_id for sample in kept] == [7, 7]
+    assert kept[0].loss_weights[0] == pytest.approx(0.1)
+
+
+class Trainer:
+    async def logprobs(self, name: str | None, samples: list[Sample]) -> list[Any]:
+        return [np.full(len(sample.tokens), -1.0 if name else -5.0, np.float32) for sample in samples]
+
+
+def test_old_and_reference_logprobs_are_those_of_adapter_and_base() -> None:
+    samples = make_samples(GROUPS, group_centred, token_weights)
+    trainer: Any = Trainer()
+    [first, *_] = anyio.run(with_old_logprobs, trainer, "policy", samples)
+    assert first.old_logprobs is not None
+    assert (first.old_logprobs.tolist(), first.ref_logprobs) == ([-1.0] * 3, None)
+    [first, *_] = anyio.run(with_ref_logprobs, trainer, samples)
+    assert first.ref_logprobs is not None
+    assert (first.old_logprobs, first.ref_logprobs.tolist()) == (None, [-5.0] * 3)

@@ -1,0 +1,88 @@
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+
+from rlloop.types import AdamConfig, Metrics, OptimResult, Sample
+from rlloop.updates import PER_TOKEN, optimizer_step
+
+ADAM = AdamConfig(lr=0.25)
+
+
+class Trainer:
+    """Its optimizer step takes a while, and is made although nobody may be waiting for it."""
+
+    def __init__(self, *, skipped: bool = False) -> None:
+        self.log: list[str] = []
+        self._skipped = skipped
+
+    async def forward_backward(self, name: str, samples: list[Sample], loss: Any) -> Metrics:
+        self.log.append(f"forward_backward {name} {len(samples)}")
+        await anyio.sleep(0.01)
+        reduced = dict.fromkeys(PER_TOKEN.values(), 0.5)
+        return {"loss": 2.0, "num_tokens": 6.0, "mfu": 0.1, **reduced}
+
+    async def optim_step(self, name: str, adam: AdamConfig) -> OptimResult:
+        self.log.append(f"optim_step {name} {adam.lr}")
+        await anyio.sleep(0.02)
+        self.log.append("answered")
+        return OptimResult(grad_norm=float("nan") if self._skipped else 3.0, skipped=self._skipped)
+
+
+def samples() -> list[Sample]:
+    row = np.ones(4, np.float32)
+    return [Sample(row.astype(np.int32), row.astype(bool), row, row, row, prompt_id=i) for i in range(2)]
+
+
+async def step(trainer: Any, batch: list[Sample]) -> Metrics:
+    return await optimizer_step(trainer, "policy", batch, None, ADAM)  # type: ignore[arg-type]
+
+
+@pytest.mark.anyio
+async def test_one_step(anyio_backend: str) -> None:
+    trainer = Trainer()
+    metrics = await step(trainer, samples())
+    assert trainer.log == ["forward_backward policy 2", "optim_step policy 0.25", "answered"]
+    assert metrics["loss/policy"] == 2.0
+    assert metrics["optim/grad_norm"] == 3.0
+    assert metrics["optim/lr"] == 0.25
+    assert metrics["optim/skipped_steps"] == 0
+    assert {metrics[name] for name in PER_TOKEN} == {0.5}
+    assert metrics["time/forward_backward"] >= 0.009
+    assert metrics["time/optimizer"] >= 0.019
+
+
+@pytest.mark.anyio
+async def test_a_step_that_the_trainer_skips_is_counted_and_keeps_its_raw_norm(anyio_backend: str) -> None:
+    metrics = await step(Trainer(skipped=True), samples())
+    assert (metrics["optim/skipped_steps"], metrics["optim/nonfinite_steps"]) == (1, 1)
+    assert np.isnan(metrics["optim/grad_norm"])
+
+
+@pytest.mark.anyio
+async def test_a_batch_without_samples_makes_no_step(anyio_backend: str) -> None:
+    trainer = Trainer()
+    metrics = await step(trainer, [])
+    assert trainer.log == []
+    assert metrics["optim/skipped_steps"] == 1
+    assert "optim/nonfinite_steps" not in metrics
+
+
+@pytest.mark.anyio
+async def test_cancelled_in_the_forward_pass_no_step_is_made(anyio_backend: str) -> None:
+    trainer = Trainer()
+    with anyio.move_on_after(0.005):
+        await step(trainer, samples())
+        pytest.fail("it was to be cancelled")
+    assert trainer.log == ["forward_backward policy 2"]
+
+
+@pytest.mark.anyio
+async def test_cancelled_in_the_optimizer_step_the_caller_still_hears_of_it(anyio_backend: str) -> None:
+    trainer = Trainer()
+    heard = []
+    with anyio.move_on_after(0.02):
+        heard.append(await step(trainer, samples()))
+    assert len(heard) == 1
+    assert trainer.log[-1] == "answered"
