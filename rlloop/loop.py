@@ -184,7 +184,7 @@ class Loop:
 
     def _stop_if_all_fail(self, group: Group | None) -> None:
         self._failed_in_a_row += 1
-        if self._failed_in_a_row < 3 * self._groups_per_step:
+        if self._failed_in_a_row < max(20, 3 * self._groups_per_step):
             return
         if group is None:
             raise BadEnvironmentError(

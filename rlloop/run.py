@@ -284,7 +284,7 @@ def run(main: Callable[[SettingsT, str], Coroutine[Any, Any, None]], settings: S
     tune_garbage_collector()
     with guard() as marker:
         try:
-            anyio.run(stoppable)
+            anyio.run(stoppable, backend_options={"use_uvloop": True})  # see benchmarks/loop_overhead.py
         except BaseExceptionGroup as group:
             raise _first(group) from None
 

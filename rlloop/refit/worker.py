@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rlloop.engine import cpu_lora
 from rlloop.engine.vllm_compat import rename_mapper
 from rlloop.refit.digest import digest
 from rlloop.refit.transports import Reader
@@ -33,6 +34,8 @@ class LoraRefit:
         worker = self.model_runner.lora_manager
         manager, device, dtype = worker._adapter_manager, worker.device, worker.lora_config.lora_dtype
         adapter_id = version + 1
+        if device.type == "cpu":
+            cpu_lora.install()
         self._refit_check_slot(version, ticket, manager, dtype)
         mapper = rename_mapper(manager.model)
         places = [parse_fine_tuned_lora_name(name, mapper) for name, _ in ticket["manifest"]]
