@@ -55,7 +55,7 @@ def run_grpo(run_dir: Path, *flags: str) -> Figures:
 
 
 def endless_model(name: str, folder: Path) -> Path:
-    """The model (SmolLM2) with an end-of-sequence token that it never samples, so that every completion has `max_tokens` tokens."""
+    """The model (SmolLM2) with an end-of-sequence token that it never samples: every completion has `max_tokens` tokens."""
     shutil.copytree(resolve_model(name), folder, dirs_exist_ok=True)
     unused = "<gh_stars>"  # a special token of its pre-training data
     config = json.loads((folder / "tokenizer_config.json").read_text())

@@ -4,10 +4,12 @@
     ├── ConfigError          a setting is missing, unknown or out of range; the message names the flag
     ├── RunDirectoryError    the run directory is used, foreign, or holds nothing to resume
     ├── CheckpointError      a checkpoint could not be written, or none is sound
+    ├── PromptTooLong        a prompt leaves no room for an answer; the loop drops it (rlloop.environment)
     ├── BadEnvironmentError  an environment cannot be found, built, or breaks its contract
     ├── EngineError          the engine died or refused a request
     ├── TrainerError         a trainer rank died or raised; carries the rank's traceback
-    │   └── NonFiniteError   too many steps in a row had a non-finite loss or gradient
+    │   ├── NonFiniteError   too many steps in a row had a non-finite loss or gradient
+    │   └── Interrupted      a call to the trainer was ended because another came first (rlloop.trainer.ranks)
     ├── RefitError           an adapter did not arrive, or what arrived is not what was sent
     └── Stopped              Ctrl-C or SIGTERM ended the run; what it had done is saved
 

@@ -282,6 +282,10 @@ def run(main: Callable[[SettingsT, str], Coroutine[Any, Any, None]], settings: S
             await main(settings, marker)
 
     tune_garbage_collector()
+    # What the run's processes would print over its table: remarks on a missing Triton, NUMA, renamed functions.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_LOGS", "-torch._library")
     with guard() as marker:
         try:
             anyio.run(stoppable, backend_options={"use_uvloop": True})  # see benchmarks/loop_overhead.py

@@ -255,10 +255,6 @@ def _set_environment(settings: EngineSettings, log_path: Path, cores: frozenset[
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # What its processes would print over the run's table: remarks on missing Triton, on NUMA, on renamed functions.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TORCH_LOGS", "-torch._library")
     if cores is not None:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(cores)))
