@@ -7,8 +7,9 @@ Shao et al. 2024, DeepSeekMath (arXiv 2402.03300). A prompt is answered `group_s
 reward relative to the group's mean; every token of it gets that advantage in PPO's clipped surrogate.
 
 Deviations from the paper:
-* One optimizer step a batch, so old and new policy are equal when the gradient is taken, and nothing is clipped. Samples may be `max_staleness` versions old: a truncated importance weight (`tis_cap`)
-  corrects for that, and for the difference between the engine's and the trainer's arithmetic.
+* One optimizer step a batch, so old and new policy are equal when the gradient is taken, and nothing is clipped. Samples may
+  be `max_staleness` versions old: a truncated importance weight (`tis_cap`) corrects for that, and for the difference
+  between the engine's and the trainer's arithmetic.
 * Token normalisation (DAPO) is the default; the paper's is `--normalisation sequence`.
 * No KL penalty unless `kl_coef` is set.
 * Samples without an advantage are not computed when there is no KL penalty: their gradient is zero.

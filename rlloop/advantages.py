@@ -20,6 +20,8 @@ def group_centred(rewards: ArrayLike) -> Array:
     standard deviation, prompts that are almost always or almost never solved are not weighted up.
     """
     rewards_g = np.asarray(rewards, np.float64)
+    if np.ptp(rewards_g) == 0:
+        return np.zeros_like(rewards_g)  # exactly: the mean of three times 0.1 is not 0.1
     return rewards_g - rewards_g.mean()
 
 

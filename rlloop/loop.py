@@ -105,7 +105,7 @@ class Loop:
     async def run(self) -> None:
         """Return after the last update, or raise the first error of any stage."""
         slots = Semaphore(self._num_slots)
-        self._send, self._finished = create_memory_object_stream[Group](inf)
+        self._send, self._finished = create_memory_object_stream[Group | None](inf)
 
         async def admit() -> None:
             for _ in range((self._num_steps - self.version) * self._groups_per_step):
@@ -137,7 +137,8 @@ class Loop:
                 tasks.start_soon(self._fill_slot)
             if groups := self._backlog.take_batch(self.version):
                 return groups
-            self._backlog.finish(await self._finished.receive())
+            if (finished := await self._finished.receive()) is not None:
+                self._backlog.finish(finished)
 
     async def _fill_slot(self) -> None:
         """Hold a slot until one group is ready to be trained; one that cannot be is counted and replaced."""
@@ -167,6 +168,7 @@ class Loop:
             self._failed_in_a_row = 0
             return group
         self._backlog.abandon(version)
+        self._send.send_nowait(None)  # an update may have waited for it
         self._drop(ordinal, reason)
         if reason != "stale":
             self._stop_if_all_fail(group)

@@ -80,7 +80,7 @@ class StepMetrics:
             "perf/gen_tokens_per_second": change["generated"] / seconds,
             **self.totals,
             "progress/prompts": float(self._ledger.counts["trained"]),
-            "progress/epoch": self._ledger.low_water / self._ledger.num_tasks,
+            "progress/epoch": sum(self._ledger.counts.values()) / self._ledger.num_tasks,
         }
 
     def _change_since_last(self) -> dict[str, float]:
@@ -112,7 +112,7 @@ def _reward_metrics(groups: list[Group]) -> Metrics:
         "reward/std": float(every.std()),
         "reward/min": float(every.min()),
         "reward/max": float(every.max()),
-        "reward/frac_zero_std": float(np.mean([group.std() == 0 for group in rewards])),
+        "reward/frac_zero_std": float(np.mean([np.ptp(group) == 0 for group in rewards])),
     }
 
 

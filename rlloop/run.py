@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
@@ -86,9 +87,11 @@ class Run:
             await self.refit.publish(self.first_step)
             await loop.run()
         except BaseException:
-            # Best effort: the trainer may be what died, and the first error is the one to see.
-            with CancelScope(shield=True), suppress(CheckpointError):
-                await self._save()
+            with CancelScope(shield=True):
+                try:
+                    await self._save()
+                except CheckpointError as error:  # the trainer may be what died; the first error is the one to raise
+                    logging.getLogger(__name__).error("what came after step %d is lost: %s", self._saved, error)
             raise
         await self._save()
 

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import anyio
@@ -145,8 +146,9 @@ class VllmEngine:
 
     def _note_first_token(self, version: int, output: Any) -> None:
         first = getattr(output.metrics, "first_token_ts", 0.0)
-        if first and version in self._versions and version not in self._first_token_seconds:
-            self._first_token_seconds[version] = first - self._versions[version]
+        if first and version in self._versions:
+            seconds = first - self._versions[version]
+            self._first_token_seconds[version] = min(seconds, self._first_token_seconds.get(version, seconds))
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -193,6 +195,7 @@ async def start_vllm(
     `num_versions`: policy versions that it can hold at once. `cores`: where it computes on a CPU; None means a GPU.
     """
     load = vllm_compat.Load()
+    abandoned = Event()
 
     def create() -> Any:
         # Ctrl-C goes to the whole process group; the engine must outlive it, since it is the loop that stops the run.
@@ -214,10 +217,19 @@ async def start_vllm(
                 use_tqdm_on_load=False,
                 **_device_arguments(settings, cores),
             )
-            return AsyncLLM.from_engine_args(arguments, stat_loggers=[vllm_compat.load_recorder(load)])
+            if abandoned.is_set():  # while vLLM was imported, which takes seconds
+                return None
+            llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[vllm_compat.load_recorder(load)])
+            if abandoned.is_set():
+                llm.shutdown()
+            return llm
 
     _set_environment(settings, log_path, cores)
-    llm = await anyio.to_thread.run_sync(create, abandon_on_cancel=True)
+    try:
+        llm = await anyio.to_thread.run_sync(create, abandon_on_cancel=True)
+    except anyio.get_cancelled_exc_class():
+        abandoned.set()  # the thread cannot be stopped
+        raise
     try:
         yield VllmEngine(llm, load, settings.max_model_len, log_path)
     finally:

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rlloop.errors import RefitError
 from rlloop.refit.digest import digest
 from rlloop.types import AdapterTicket
 
@@ -85,15 +86,21 @@ class Reader:
         self._device = device
         self._segments: dict[str, mmap.mmap] = {}
 
-    def read(self, ticket: Mapping[str, Any]) -> torch.Tensor:
-        """A new flat tensor on the device: vLLM keeps what it is given, and the next version overwrites the source."""
+    def read(self, ticket: Mapping[str, Any], into: torch.Tensor | None = None) -> torch.Tensor:
+        """A flat tensor on the device: vLLM keeps what it is given, and the next version overwrites the source.
+
+        `into` is one of the same size that nobody uses any more: fresh pages cost more than the copy.
+        """
         if ticket["transport"] == "disk":
             with safe_open(ticket["location"], framework="pt", device=str(self._device)) as file:
-                return file.get_tensor(FLAT)
+                found = file.get_tensor(FLAT)
+            return found.clone() if into is None else into.copy_(found)  # on a CPU it is a view of the file
         dtype: torch.dtype = getattr(torch, ticket["dtype"])
         segment = self._attach(ticket["location"], ticket["num_bytes"])
         flat = torch.frombuffer(segment, dtype=dtype, count=ticket["num_bytes"] // dtype.itemsize)
-        return flat.to(self._device, non_blocking=True, copy=True)
+        return (
+            flat.to(self._device, non_blocking=True, copy=True) if into is None else into.copy_(flat, non_blocking=True)
+        )
 
     def _attach(self, location: str, num_bytes: int) -> mmap.mmap:
         if location not in self._segments or len(self._segments[location]) < num_bytes:
@@ -112,7 +119,10 @@ def _map(path: Path, flags: int, num_bytes: int | None) -> mmap.mmap:
     try:
         if num_bytes is not None:
             os.ftruncate(descriptor, num_bytes)
+            os.posix_fallocate(descriptor, 0, num_bytes)  # or a write beyond what is free ends the process by SIGBUS
         return mmap.mmap(descriptor, 0)
+    except OSError as error:
+        raise RefitError(f"{path}: {error}; enlarge {path.parent} or use --refit.transport disk") from error
     finally:
         os.close(descriptor)
 

@@ -42,9 +42,13 @@ class LoraRefit:
         self._refit_check_names(places, manager)
 
         started = time.monotonic()
-        flat = self._refit_state["reader"].read(ticket)
+        state = self._refit_state
+        free = state["free"].pop() if state["free"] and state["free"][-1].nbytes == ticket["num_bytes"] else None
+        flat = state["reader"].read(ticket, free)
         pieces = torch.split(flat, [rows * columns for _, (rows, columns) in ticket["manifest"]])
         tensors = {name: piece.view(*shape) for (name, shape), piece in zip(ticket["manifest"], pieces, strict=True)}
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         transferred = time.monotonic()
 
         peft = {"r": ticket["rank"], "lora_alpha": ticket["rank"], "bias": "none"}  # the scale is in B already
@@ -69,7 +73,9 @@ class LoraRefit:
         if device.type == "cuda":
             torch.cuda.synchronize()
         loaded = time.monotonic()
-        held = digest(self._refit_slot_contents(adapter_id, places, ticket["manifest"]), ticket["manifest"])
+        state["loaded"][version] = flat
+        contents = self._refit_slot_contents(adapter_id, places, ticket["manifest"])
+        held = digest(contents, ticket["manifest"])
         return {
             "digest": held,
             "transfer_seconds": transferred - started,
@@ -78,12 +84,17 @@ class LoraRefit:
         }
 
     def refit_drop(self, version: int) -> bool:
-        """Free a version's slot."""
+        """Free a version's slot, and keep its memory for the next version."""
+        if version in self._refit_state["loaded"]:
+            self._refit_state["free"] = [self._refit_state["loaded"].pop(version)]
         return self.model_runner.lora_manager.remove_adapter(version + 1)
 
     @property
     def _refit_state(self) -> dict[str, Any]:
-        return self.__dict__.setdefault("_refit_state_", {"reader": Reader(self.model_runner.lora_manager.device)})
+        if "_refit_state_" not in self.__dict__:
+            reader = Reader(self.model_runner.lora_manager.device)
+            self._refit_state_: dict[str, Any] = {"reader": reader, "loaded": {}, "free": [], "contents": None}
+        return self._refit_state_
 
     def _refit_check_slot(self, version: int, ticket: dict[str, Any], manager: Any, dtype: torch.dtype) -> None:
         held = sorted(adapter_id - 1 for adapter_id in manager.list_adapters())
@@ -119,4 +130,10 @@ class LoraRefit:
             layer, index = layers[module]
             stacked = layer.lora_a_stacked if is_a else layer.lora_b_stacked
             found.append(stacked[index][slot, 0, :rows, :columns].reshape(-1))
-        return torch.cat(found)
+        num_elements = sum(part.numel() for part in found)
+        contents = self._refit_state["contents"]
+        if contents is None or contents.numel() != num_elements:
+            self._refit_state["contents"] = contents = torch.empty(
+                num_elements, dtype=found[0].dtype, device=found[0].device
+            )
+        return torch.cat(found, out=contents)

@@ -65,7 +65,9 @@ DOCUMENTED: dict[str, Metric] = {
     "time/optimizer": Metric("seconds", "The optimizer step.", "perf/optimizer_s"),
     "time/refit": Metric("seconds", "From the update's end until the engine serves it.", "perf/weight_sync_s"),
     "time/refit_stall": Metric("seconds", "Of that: the engine could run no forward pass.", "perf/weight_sync_pause_s"),
-    "time/checkpoint": Metric("seconds", "Writing a checkpoint; 0 in steps that write none."),
+    "time/checkpoint": Metric(
+        "seconds", "Writing a checkpoint, part of the next step's time/step; 0 in steps that write none."
+    ),
     "time/trainer_idle_frac": Metric("fraction", "Of the step in which the trainer did nothing."),
     "time/engine_idle_frac": Metric("fraction", "Of the step in which the engine had no request."),
     "refit/export_seconds": Metric("seconds", "In the trainer: flatten, scale, cast and digest the adapter."),
@@ -92,7 +94,8 @@ DOCUMENTED: dict[str, Metric] = {
     ),
     "perf/mfu": Metric(
         "fraction",
-        "Model FLOP/s of the training passes / peak FLOP/s of the trainer's hardware; NaN where that is unknown.",
+        "Model FLOP/s of the training passes / peak FLOP/s of the trainer's hardware, measured at the start; "
+        "NaN in a step that trains nothing.",
         "perf/mfu_wall_clock",
     ),
     "optim/grad_norm": Metric(

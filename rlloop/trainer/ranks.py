@@ -189,7 +189,9 @@ class Ranks:
         rank = self._ranks[index]
         try:
             await anyio.wait_readable(rank.pipe.fileno())
-            os.set_blocking(rank.pipe.fileno(), True)  # uvloop makes what it waits for non-blocking, and `recv` must wait
+            os.set_blocking(
+                rank.pipe.fileno(), True
+            )  # uvloop makes what it waits for non-blocking, and `recv` must wait
             reply: _Reply = rank.pipe.recv()
         except (EOFError, OSError):
             await anyio.to_thread.run_sync(rank.process.join, 5.0)  # its pipe is closed, so it is about to be gone
