@@ -40,6 +40,7 @@ def clipped_surrogate(
     2503.14476); w: see `corrections.truncated`; kl_ref: see `kl_k3`. The ratio before kl_ref, even where its value is
     1, makes the gradient that of the KL (for samples of the present version), which k3 alone does not (DeepSeek-V3.2,
     arXiv 2512.02556; TRL's default, too).
+
     `tokens.old_logprobs` None stands for `logprobs.detach()`. That is exact when the batch is used for one optimizer
     step, because the gradient is taken where old and new policy are equal: ratio is 1, nothing is clipped, and what
     is left is the policy gradient weighted by w, which then also corrects for the age of the sample.
