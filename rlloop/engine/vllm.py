@@ -234,6 +234,7 @@ async def start_vllm(
         yield VllmEngine(llm, load, settings.max_model_len, log_path)
     finally:
         llm.shutdown()
+        llm.shutdown = lambda *_: None  # its __del__ would call it again, when the interpreter has taken vLLM apart
 
 
 def _device_arguments(settings: EngineSettings, cores: frozenset[int] | None) -> dict[str, Any]:
