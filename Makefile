@@ -19,12 +19,11 @@ quickstart: install  ## Train SmolLM2-135M-Instruct with GRPO until the reward h
 test: lint  ## Lint and types, then all tests against the installed wheel; flags of pytest: ARGS="-k refit"
 	PYTHONSAFEPATH=1 RLLOOP_EXPECT_WHEEL=1 $(BIN)/pytest $(ARGS)
 
-# mypy runs inside tests/, or it would check the checkout's rlloop/ and not the installed one. Tests may omit annotations.
+# mypy runs inside tests/, or it would check the checkout's rlloop/ and not the installed one.
 lint: install  ## ruff and mypy (strict)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd tests && $(MYPY) -p rlloop
-	cd tests && $(MYPY) --explicit-package-bases --allow-untyped-defs --allow-incomplete-defs --allow-any-generics .
 
 bench: install  ## Run every benchmark (hours), or some: BENCH="refit parity"
 	set -e; for name in $(BENCH); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done

@@ -1,6 +1,8 @@
 """Does the quickstart learn, whatever the seed? Mean reward of the first and of the last five steps.
 
     python benchmarks/quickstart.py [--seeds 0 1 2]
+
+Each seed orders the prompts, draws the adapter and samples differently.
 """
 
 from __future__ import annotations
