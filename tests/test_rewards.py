@@ -54,8 +54,20 @@ class Dies(Env):
 def rewards_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "graders.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(tmp_path)
+    BEFORE.clear()
+    BEFORE.update(psutil.Process().children(recursive=True))
     yield
-    assert not [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    assert not children()
+
+
+BEFORE: set[psutil.Process] = set()
+"""What other tests in this process have started: Python's resource tracker stays until the end."""
+
+
+def children() -> list[psutil.Process]:
+    """Processes that the test has started and that are alive."""
+    family = set(psutil.Process().children(recursive=True)) - BEFORE
+    return [process for process in family if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def rollout(text: str) -> Rollout:
@@ -129,7 +141,7 @@ async def test_no_more_workers_than_asked_for_and_each_is_used_again() -> None:
         async with anyio.create_task_group() as tasks:
             for _ in range(20):
                 tasks.start_soon(rewards.score, {}, rollout("right"))
-        assert len(psutil.Process().children()) == 2
+        assert len(children()) == 2
 
 
 @pytest.mark.anyio
@@ -139,7 +151,7 @@ async def test_cancelling_kills_the_worker() -> None:
         with anyio.move_on_after(0.2) as scope:
             await rewards.score({}, rollout("regex"))
         assert scope.cancelled_caught
-        assert not psutil.Process().children()
+        assert not children()
 
 
 @pytest.mark.anyio

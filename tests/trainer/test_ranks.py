@@ -234,6 +234,8 @@ if __name__ == "__main__":
 
 async def test_the_rank_leaves_when_its_parent_is_killed(module, tmp_path: Path) -> None:
     (tmp_path / "parent.py").write_text(PARENT)
-    result = await anyio.run_process([sys.executable, str(tmp_path / "parent.py")], check=False)
+    # PYTHONPATH, since the tests may run with PYTHONSAFEPATH, which leaves out the script's own folder.
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = await anyio.run_process([sys.executable, str(tmp_path / "parent.py")], check=False, env=environment)
     assert result.returncode == -signal.SIGKILL
     await until(lambda: not psutil.pid_exists(int(result.stdout)))
