@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +31,6 @@ class Load:
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
     longest_gap_seconds: float = 0.0
-    last_iteration: float = 0.0
-    """time.monotonic() of the newest engine step that was seen."""
 
 
 def load_recorder(load: Load) -> Callable[..., Any]:
@@ -53,7 +50,6 @@ def load_recorder(load: Load) -> Callable[..., Any]:
                 load.num_generated_tokens += iteration_stats.num_generation_tokens
                 gaps = iteration_stats.inter_token_latencies_iter
                 load.longest_gap_seconds = max(load.longest_gap_seconds, max(gaps, default=0.0))
-                load.last_iteration = time.monotonic()
 
         def log_engine_initialized(self) -> None:
             pass
