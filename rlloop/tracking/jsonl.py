@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False)  # once: json.dumps makes one for each call
+
 
 def encode(record: Mapping[str, Any]) -> bytes:
     """One line. Non-finite numbers become the strings "NaN", "Infinity" and "-Infinity", which float() reads back."""
     try:
-        line = json.dumps(record, allow_nan=False, ensure_ascii=False)
+        line = _ENCODER.encode(record)
     except (TypeError, ValueError):  # rare, so that the common record is not walked through twice
-        line = json.dumps(_plain(record), allow_nan=False, ensure_ascii=False)
+        line = _ENCODER.encode(_plain(record))
     return line.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate becomes its JSON escape
 
 
