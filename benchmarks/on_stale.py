@@ -103,7 +103,7 @@ class Stages:
         self.lengths[prompt.ordinal] = lengths = draw_lengths(np.random.default_rng(prompt.seed), self.tail)[0]
         async with self.decoding:
             await anyio.sleep(lengths.max() / means(self.tail)[1])
-        return Group(prompt, (NO_ROLLOUT,), version)
+        return Group(prompt, (NO_ROLLOUT,), (0.0,), version)
 
     async def update(self, groups: list[Group]) -> Metrics:
         await anyio.sleep(self.tokens(groups) / (means(self.tail)[0] * self.groups_per_step))

@@ -105,7 +105,7 @@ class StepMetrics:
 
 
 def _reward_metrics(groups: list[Group]) -> Metrics:
-    rewards = [np.array([rollout.reward for rollout in group.rollouts]) for group in groups]
+    rewards = [np.array(group.rewards) for group in groups]
     every = np.concatenate(rewards)
     return {
         "reward/mean": float(every.mean()),
@@ -137,10 +137,10 @@ def completion_rows(step: Step, tokenizer: Any) -> list[dict[str, Any]]:
             "policy_version": group.policy_version,
             "prompt": tokenizer.decode(rollout.tokens[: int(rollout.loss_mask.argmax())]),
             "text": rollout.text,
-            "reward": rollout.reward,
+            "reward": reward,
             "finish_reason": rollout.finish_reason,
             "num_tokens": int(rollout.loss_mask.sum()),
         }
         for group in step.groups
-        for rollout in group.rollouts
+        for rollout, reward in zip(group.rollouts, group.rewards, strict=True)
     ]

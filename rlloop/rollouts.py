@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import anyio
@@ -87,7 +87,8 @@ async def sample_group(
     about the policy is raised: EngineError and every other RlloopError, PromptTooLong among them. Each member samples
     with seeds of its own. Spans: `rollout` until the last rollout ends, `score` from the end of the first.
     """
-    outcomes: dict[int, Rollout | Failure] = {}
+    scored: dict[int, tuple[Rollout, float]] = {}
+    failures: dict[int, Failure] = {}
     errors: list[RlloopError] = []
     rolling: dict[int, TaskHandle[None, None]] = {}
     all_rolled_out = anyio.Event()
@@ -107,8 +108,11 @@ async def sample_group(
             end_rollout(member)
             if isinstance(outcome, Rollout):
                 reward = await scorer.score(prompt.task, outcome)
-                outcome = reward if isinstance(reward, Failure) else replace(outcome, reward=reward)
-            outcomes[member] = outcome
+                if not isinstance(reward, Failure):
+                    scored[member] = outcome, reward
+                    return
+                outcome = reward
+            failures[member] = outcome
         except RlloopError as error:
             errors.append(error)
             members.cancel_scope.cancel()
@@ -127,18 +131,19 @@ async def sample_group(
             with anyio.move_on_after(timeout):  # one timer for all: one for each is a tenth of what the loop costs
                 await all_rolled_out.wait()
             for member, task in list(rolling.items()):
-                outcomes[member] = Failure("timeout", "rollout", f"not done after {timeout:g} s")
+                failures[member] = Failure("timeout", "rollout", f"not done after {timeout:g} s")
                 task.cancel()
                 end_rollout(member)
     if errors:
         # One member cannot be asked because none can; any other error is news.
         raise min(errors, key=lambda error: isinstance(error, PromptTooLong))
-    in_order = [outcomes[member] for member in range(settings.group_size)]
+    in_order = sorted(scored)
     return Group(
         prompt=prompt,
-        rollouts=tuple(outcome for outcome in in_order if isinstance(outcome, Rollout)),
+        rollouts=tuple(scored[member][0] for member in in_order),
+        rewards=tuple(scored[member][1] for member in in_order),
         policy_version=policy_version,
-        failures=tuple(outcome for outcome in in_order if isinstance(outcome, Failure)),
+        failures=tuple(failures[member] for member in sorted(failures)),
     )
 
 

@@ -21,7 +21,7 @@ LossWeights: TypeAlias = Callable[[Sequence[int]], NDArray[np.float64]]
 def make_samples(groups: Sequence[Group], advantages: Advantages, loss_weights: LossWeights) -> list[Sample]:
     """One sample for each rollout that has a loss token; each of its tokens gets the rollout's advantage."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    credit_of = np.concatenate([advantages([rollout.reward for rollout in group.rollouts]) for group in groups])
+    credit_of = np.concatenate([advantages(group.rewards) for group in groups])
     prompt_ids = [group.prompt.ordinal for group in groups for _ in group.rollouts]
     weights = loss_weights([int(rollout.loss_mask.sum()) for rollout in rollouts])
     return [

@@ -1,6 +1,6 @@
 """All that crosses a stage of the pipeline, as immutable data.
 
-    Prompt ──▶ Rollout (scored) ──▶ Group ──▶ Sample ──▶ trainer ──▶ AdapterTicket ──▶ engine
+    Prompt ──▶ Rollout ──▶ Group (scored) ──▶ Sample ──▶ trainer ──▶ AdapterTicket ──▶ engine
 
 Shapes: T tokens of one sequence. Arrays are numpy, so that neither the event loop nor an environment needs torch.
 """
@@ -78,7 +78,6 @@ class Rollout:
     num_turns: int
     text: str
     """What the policy wrote last, decoded without special tokens: what a reward reads."""
-    reward: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What the environment wants to see logged, as `env/<name>`."""
 
@@ -98,6 +97,8 @@ class Group:
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+    rewards: tuple[float, ...]
+    """Of the rollouts, in their order."""
     policy_version: int
     failures: tuple[Failure, ...] = ()
 

@@ -54,10 +54,10 @@ class FakeStages:
             await anyio.sleep(0.012 if slow else self.rng.random() * 0.002)
             failure = self.fail(prompt)
             if isinstance(failure, Failure):
-                return Group(prompt, (), version, (failure,))
+                return Group(prompt, (), (), version, (failure,))
         finally:
             self.num_sampling -= 1
-        return Group(prompt, (rollout(version),), version)
+        return Group(prompt, (rollout(version),), (0.0,), version)
 
     async def update(self, groups: list[Group]) -> Metrics:
         await anyio.sleep(self.update_seconds)

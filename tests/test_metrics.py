@@ -53,17 +53,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def rollout(reward: float, num_sampled: int = 2, finish_reason: str = "stop", **metrics: float) -> Rollout:
+def rollout(text: str, num_sampled: int = 2, finish_reason: str = "stop", **metrics: float) -> Rollout:
     loss_mask = np.array([False, False] + [True] * num_sampled)
     tokens = np.arange(10, 10 + len(loss_mask), dtype=np.int32)
-    text = f"text {reward}"
-    return Rollout(tokens, loss_mask, np.zeros(len(tokens), np.float32), 1, finish_reason, 1, text, reward, metrics)
+    return Rollout(tokens, loss_mask, np.zeros(len(tokens), np.float32), 1, finish_reason, 1, text, metrics)
 
 
 def make_step(**changes: Any) -> Step:
     groups = [
-        Group(Prompt(4, 0, 0, None), (rollout(0.0), rollout(1.0, 4, "length", tries=2)), policy_version=1),
-        Group(Prompt(5, 1, 0, None), (rollout(0.5), rollout(0.5, tries=4)), policy_version=0),
+        Group(Prompt(4, 0, 0, None), (rollout("a"), rollout("b", 4, "length", tries=2)), (0.0, 1.0), policy_version=1),
+        Group(Prompt(5, 1, 0, None), (rollout("c"), rollout("d", tries=4)), (0.5, 0.5), policy_version=0),
     ]
     trained = {"optim/skipped_steps": 0.0, "progress/tokens_trained": 10.0, "optim/lr": 0.1}
     return replace(Step(2, groups, trained, 1.5, 2.0, REPORT), **changes)
@@ -151,7 +150,7 @@ def test_completion_rows() -> None:
         "ordinal": 4,
         "policy_version": 1,
         "prompt": "10|11",
-        "text": "text 1.0",
+        "text": "b",
         "reward": 1.0,
         "finish_reason": "length",
         "num_tokens": 4,

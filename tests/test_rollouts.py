@@ -122,7 +122,7 @@ async def test_a_group_is_scored_and_asked_as_the_settings_say() -> None:
     engine = Engine()
     group = await sample(Environment(), engine, Scores(0.25))
     assert (group.prompt, group.policy_version, group.failures) == (PROMPT, 3, ())
-    assert [rollout.reward for rollout in group.rollouts] == [0.25] * 4
+    assert group.rewards == (0.25,) * 4
     for request in engine.requests:
         assert (request.tokens, request.policy_version, request.n) == ((0, 0, 0), 3, 1)
         assert (request.max_tokens, request.temperature) == (8, 0.7)

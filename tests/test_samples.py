@@ -9,17 +9,20 @@ from rlloop.samples import make_samples, with_old_logprobs, with_ref_logprobs, w
 from rlloop.types import Group, Prompt, Rollout, Sample
 
 
-def rollout(num_prompt: int, num_sampled: int, reward: float) -> Rollout:
+def rollout(num_prompt: int, num_sampled: int) -> Rollout:
     loss_mask = np.arange(num_prompt + num_sampled) >= num_prompt
     tokens = np.arange(len(loss_mask), dtype=np.int32)
-    return Rollout(tokens, loss_mask, np.where(loss_mask, -2, 0).astype(np.float32), 3, "stop", 1, "", reward)
+    return Rollout(tokens, loss_mask, np.where(loss_mask, -2, 0).astype(np.float32), 3, "stop", 1, "")
 
 
-def group(ordinal: int, *rollouts: Rollout) -> Group:
-    return Group(Prompt(ordinal, 0, 0, None), rollouts, 3)
+def group(ordinal: int, rollouts: tuple[Rollout, ...], rewards: tuple[float, ...]) -> Group:
+    return Group(Prompt(ordinal, 0, 0, None), rollouts, rewards, 3)
 
 
-GROUPS = [group(7, rollout(2, 1, 1.0), rollout(2, 3, 0.0)), group(9, rollout(1, 4, 0.5), rollout(1, 2, 0.5))]
+GROUPS = [
+    group(7, (rollout(2, 1), rollout(2, 3)), (1.0, 0.0)),
+    group(9, (rollout(1, 4), rollout(1, 2)), (0.5, 0.5)),
+]
 
 
 def test_advantages_are_of_the_group_and_weights_of_the_batch() -> None:
@@ -39,7 +42,7 @@ def test_every_sample_counts_the_same_with_sequence_weights() -> None:
 
 
 def test_a_rollout_without_a_sampled_token_has_no_sample_but_counts_in_its_group() -> None:
-    samples = make_samples([group(1, rollout(3, 0, 0.0), rollout(3, 2, 1.0))], group_centred, token_weights)
+    samples = make_samples([group(1, (rollout(3, 0), rollout(3, 2)), (0.0, 1.0))], group_centred, token_weights)
     assert [sample.advantages[0] for sample in samples] == [0.5]
     assert np.isfinite(samples[0].loss_weights).all()
 

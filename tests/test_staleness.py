@@ -11,7 +11,7 @@ from rlloop.types import Group, Prompt
 
 
 def group(ordinal: int, version: int) -> Group:
-    return Group(Prompt(ordinal, ordinal, 0, None), (), version)
+    return Group(Prompt(ordinal, ordinal, 0, None), (), (), version)
 
 
 def backlog(on_stale: str, bound: int = 1, groups_per_step: int = 2, cap: int = 4) -> Backlog:
