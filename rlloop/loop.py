@@ -104,7 +104,7 @@ class Loop:
 
     async def run(self) -> None:
         """Return after the last update, or raise the first error of any stage."""
-        slots = Semaphore(self._num_slots)
+        slots = Semaphore(self._num_slots, fast_acquire=True)
         self._send, self._finished = create_memory_object_stream[Group | None](inf)
 
         async def admit() -> None:
@@ -144,7 +144,7 @@ class Loop:
         """Hold a slot until one group is ready to be trained; one that cannot be is counted and replaced."""
         while (group := await self._sample_next()) is None:
             pass
-        await self._send.send(group)
+        self._send.send_nowait(group)
 
     async def _sample_next(self) -> Group | None:
         ordinal, index, seed = self._ledger.next()
