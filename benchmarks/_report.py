@@ -87,7 +87,9 @@ def _machine() -> str:
             break
     memory = psutil.virtual_memory().total / 2**30
     gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    models = [line.partition(":")[2].strip() for gpu in gpus for line in gpu.read_text().splitlines() if "Model:" in line]
+    models = [
+        line.partition(":")[2].strip() for gpu in gpus for line in gpu.read_text().splitlines() if "Model:" in line
+    ]
     machine = [cpu, f"{len(os.sched_getaffinity(0))} cores", f"{memory:.0f} GiB", *models, platform.system()]
     return ", ".join(machine)
 

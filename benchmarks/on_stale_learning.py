@@ -81,6 +81,7 @@ class Judge:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(device)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
+        self._tokenizer.pad_token = self._tokenizer.eos_token
         environment = SlowCounting(0)
         self._tasks = [environment.task(environment.num_tasks + i) for i in range(NUM_PROMPTS)]
         self._messages = [environment.messages(task) for task in self._tasks]

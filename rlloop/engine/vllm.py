@@ -33,7 +33,7 @@ class VllmEngine:
         self._llm = llm
         self._load = load
         self._max_model_len = max_model_len
-        self._log_path = log_path
+        self._last_words = f"the vLLM engine process died; its last words are in {log_path}"
         self._request_ids = count()
         self._versions: dict[int, float] = {}
         """Loaded version -> time.monotonic() at the end of its publish."""
@@ -83,15 +83,14 @@ class VllmEngine:
         """See `Engine.publish`."""
         started = time.monotonic()
         try:
-            with self._death_is_an_engine_error():
-                ranks = await self._llm.collective_rpc("refit_load", args=(version, asdict(ticket)))
+            ranks = await self._call_workers("refit_load", version, asdict(ticket))
         except EngineError:
             raise
         except Exception as error:  # vLLM hands on what a worker raises as a plain Exception with its text
             raise RefitError(f"the engine refused policy version {version}: {error}") from error
         for rank, held in enumerate(ranks):
             if held["digest"] != ticket.digest:
-                await self._llm.collective_rpc("refit_drop", args=(version,))
+                await self._call_workers("refit_drop", version)
                 raise RefitError(
                     f"engine rank {rank} holds {held['digest']} for policy version {version}, but the trainer sent "
                     f"{ticket.digest}: the engine would have sampled from other weights than those that were trained"
@@ -111,8 +110,7 @@ class VllmEngine:
         """See `Engine.retire`."""
         self._first_token_seconds.pop(version, None)
         del self._versions[version]  # first: from here on `generate` refuses it
-        with self._death_is_an_engine_error():
-            await self._llm.collective_rpc("refit_drop", args=(version,))
+        await self._call_workers("refit_drop", version)
 
     def statistics(self) -> EngineStatistics:
         """See `Engine.statistics`."""
@@ -150,6 +148,24 @@ class VllmEngine:
             seconds = first - self._versions[version]
             self._first_token_seconds[version] = min(seconds, self._first_token_seconds.get(version, seconds))
 
+    async def _call_workers(self, method: str, *args: Any) -> list[Any]:
+        """What each rank's worker answers. Raises EngineError when the engine dies, for whose answer vLLM waits forever."""
+
+        async def watch(sentinel: int) -> None:
+            await anyio.wait_readable(sentinel)
+            raise EngineError(self._last_words)
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                for sentinel in vllm_compat.sentinels(self._llm):
+                    tasks.start_soon(watch, sentinel)
+                answers: list[Any] = await self._llm.collective_rpc(method, args=args)
+                tasks.cancel_scope.cancel()
+        except ExceptionGroup as group:
+            with self._death_is_an_engine_error():
+                raise group.exceptions[0] from None
+        return answers
+
     @contextmanager
     def _counted(self) -> Iterator[None]:
         if self._num_in_flight == 0:
@@ -169,7 +185,7 @@ class VllmEngine:
         try:
             yield
         except EngineDeadError as error:
-            raise EngineError(f"the vLLM engine process died; its last words are in {self._log_path}") from error
+            raise EngineError(self._last_words) from error
 
 
 def lora_request(version: int) -> Any:

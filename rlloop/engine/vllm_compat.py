@@ -22,6 +22,11 @@ def rename_mapper(model: Any) -> Any:
     return mapper
 
 
+def sentinels(llm: Any) -> list[int]:
+    """File descriptors of which one becomes readable when an engine process has ended."""
+    return [process.sentinel for process in llm.engine_core.resources.engine_manager.processes]
+
+
 @dataclass
 class Load:
     """What vLLM's statistics say, kept up to date by `load_recorder`."""

@@ -29,7 +29,7 @@ def open_append(path: Path) -> BinaryIO:
     if file.tell():
         with open(path, "rb") as existing:
             existing.seek(-1, 2)
-            if existing.read() != b"\n":
+            if existing.read(1) != b"\n":
                 file.write(b"\n")
     return file
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import anyio
 import numpy as np
+import psutil
 import pytest
 import torch
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -328,3 +329,26 @@ def test_a_cancelled_request_does_not_run_on(harness: Harness) -> None:
     busy = harness.engine.statistics().busy_seconds
     time.sleep(0.05)
     assert harness.engine.statistics().busy_seconds == busy
+
+
+def test_an_engine_that_dies_during_a_publish_ends_it(shared: Harness) -> None:
+    """The last test of this file: it kills the engine."""
+    [core] = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
+    ticket = shared.write(shared.new_version()[1])
+
+    async def publish_and_kill() -> None:
+        with anyio.fail_after(30):
+            await publish_then_kill()
+
+    async def publish_then_kill() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(shared.engine.publish, 99, ticket)
+            await anyio.wait_all_tasks_blocked()  # until the publish waits for the stopped process
+            core.kill()
+
+    core.suspend()
+    with pytest.raises(ExceptionGroup) as caught:
+        shared.do(publish_and_kill)
+    [error] = caught.value.exceptions
+    assert isinstance(error, EngineError)
+    assert "the vLLM engine process died" in str(error)
