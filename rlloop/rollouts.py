@@ -90,8 +90,6 @@ async def sample_group(
     scored: dict[int, tuple[Rollout, float]] = {}
     failures: dict[int, Failure] = {}
     errors: list[RlloopError] = []
-    rolling: dict[int, TaskHandle[None, None]] = {}
-    all_rolled_out = anyio.Event()
 
     async def run(member: int) -> None:
         policy = EnginePolicy(
@@ -105,7 +103,7 @@ async def sample_group(
         )
         try:
             outcome = await _roll_out(environment, prompt.task, policy)
-            end_rollout(member)
+            progress.rolled_out(member)
             if isinstance(outcome, Rollout):
                 reward = await scorer.score(prompt.task, outcome)
                 if not isinstance(reward, Failure):
@@ -117,31 +115,24 @@ async def sample_group(
             errors.append(error)
             members.cancel_scope.cancel()
 
-    def end_rollout(member: int) -> None:
-        if rolling.pop(member, None) is not None:
-            spans.rolled_out()
-            if not rolling:
-                all_rolled_out.set()
-
     timeout = settings.environment.rollout_timeout
-    with _GroupSpans(events, settings.group_size, policy_version, prompt.ordinal) as spans:
+    with _Progress(events, policy_version, prompt.ordinal) as progress:
         async with anyio.create_task_group() as members:
             for member in range(settings.group_size):
-                rolling[member] = members.start_soon(run, member)
+                progress.rolling[member] = members.start_soon(run, member)
             with anyio.move_on_after(timeout):  # one timer for all: one for each is a tenth of what the loop costs
-                await all_rolled_out.wait()
-            for member, task in list(rolling.items()):
+                await progress.all_rolled_out.wait()
+            for member, task in list(progress.rolling.items()):
                 failures[member] = Failure("timeout", "rollout", f"not done after {timeout:g} s")
                 task.cancel()
-                end_rollout(member)
+                progress.rolled_out(member)
     if errors:
         # One member cannot be asked because none can; any other error is news.
         raise min(errors, key=lambda error: isinstance(error, PromptTooLong))
-    in_order = sorted(scored)
     return Group(
         prompt=prompt,
-        rollouts=tuple(scored[member][0] for member in in_order),
-        rewards=tuple(scored[member][1] for member in in_order),
+        rollouts=tuple(scored[member][0] for member in sorted(scored)),
+        rewards=tuple(scored[member][1] for member in sorted(scored)),
         policy_version=policy_version,
         failures=tuple(failures[member] for member in sorted(failures)),
     )
@@ -168,27 +159,31 @@ def _leaf(error: Exception) -> Exception:
     return next((leaf for leaf in leaves if isinstance(leaf, RlloopError)), leaves[0])
 
 
-class _GroupSpans:
-    """The spans of one group, whose two stages overlap."""
+class _Progress:
+    """Which members of a group still roll out, and the spans of its two stages, which overlap."""
 
-    def __init__(self, events: Spans | None, num_members: int, policy_version: int, ordinal: int) -> None:
+    def __init__(self, events: Spans | None, policy_version: int, ordinal: int) -> None:
+        self.rolling: dict[int, TaskHandle[None, None]] = {}
+        self.all_rolled_out = anyio.Event()
         self._events = events
         self._fields = {"policy_version": policy_version, "ordinal": ordinal}
-        self._num_members = num_members
-        self._num_rolled_out = 0
         self._rollout, self._score = ExitStack(), ExitStack()
+        self._scores = False
 
-    def __enter__(self) -> _GroupSpans:
+    def __enter__(self) -> _Progress:
         self._begin(self._rollout, "rollout", "engine")
         return self
 
-    def rolled_out(self) -> None:
-        """One more member is to be scored."""
-        self._num_rolled_out += 1
-        if self._num_rolled_out == 1:
+    def rolled_out(self, member: int) -> None:
+        """The member is to be scored, or has failed; one that is timed out may say so twice."""
+        if self.rolling.pop(member, None) is None:
+            return
+        if not self._scores:
+            self._scores = True
             self._begin(self._score, "score", "rewards")
-        if self._num_rolled_out == self._num_members:
+        if not self.rolling:
             self._rollout.close()
+            self.all_rolled_out.set()
 
     def __exit__(self, *_: object) -> None:
         self._rollout.close()
