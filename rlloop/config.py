@@ -267,9 +267,18 @@ def parse(settings: type[SettingsT], args: list[str], prog: str) -> tuple[Settin
     try:
         resolved = cli(settings, args=rest, prog=prog, description=(settings.__doc__ or "").strip() + epilog)
     except ConfigFileError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_readable(str(error))) from error
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{rest[rest.index(error.doc) - 1]}: expected {_TABLE}: {error} (got {error.doc!r})"
         ) from error
     return resolved, dry_run
+
+
+def _readable(message: str) -> str:
+    """pydantic_config's message, as one line for each setting that is wrong."""
+    header, *lines = message.splitlines()
+    if not header.startswith("Failed to validate config"):
+        return message
+    text = "\n".join(lines).replace("\n  ", ": ").replace("<root>: ", "").replace("Value error, ", "")
+    return text.replace("Extra inputs are not permitted", "no such setting")

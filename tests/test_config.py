@@ -9,7 +9,7 @@ from rlloop.errors import ConfigError
 
 # Arguments, and what the message must say: the flag, what was expected, what came.
 BAD_FLAGS = {
-    "unknown flag": ("--group_sise 4", "--group-sise", "did you mean --group-size?", "got '4'"),
+    "unknown flag": ("--group_sise 4", "error: --group-sise: no such setting", "did you mean --group-size?", "got '4'"),
     "unknown nested flag": ("--engine.max-num-seq 4", "--engine.max-num-seq", "did you mean --engine.max-num-seqs?"),
     "no flag": ("4", "Unrecognized arguments: 4"),
     "no value": ("--num-steps", "--num-steps requires a value"),
@@ -31,7 +31,7 @@ BAD_FLAGS = {
     "torn JSON": ("--env-args {x", "--env-args: expected a table", "got '{x'"),
     "JSON of another kind": ("--env-args [1]", "--env-args", "expected a table", "got [1]"),
     "no JSON": ("--env-args x", "--env-args", "expected a table", "got 'x'"),
-    "no room": ("--sampling.max-tokens 512", "--sampling.max-tokens (512)", "--engine.max-model-len (512)"),
+    "no room": ("--sampling.max-tokens 512", "error: --sampling.max-tokens (512)", "--engine.max-model-len (512)"),
     "floor above the group": ("--environment.min-group-size 9", "--environment.min-group-size (9)", "--group-size (8)"),
     "cap below the bound": ("--staleness-cap 1", "--staleness-cap (1)", "at least --max-staleness (2)"),
     "both at once": ("--resume --overwrite", "--resume and --overwrite exclude each other"),
@@ -41,7 +41,7 @@ BAD_FLAGS = {
 BAD_FILES = {
     "unknown key": ("group_sise = 4", "--group-sise", "did you mean --group-size?", "got 4"),
     "unknown nested key": ("[engine]\nmax_num_seq = 4", "did you mean --engine.max-num-seqs?", "got 4"),
-    "unknown table": ("[engines]\nmax_num_seqs = 4", "--engines", "Extra inputs are not permitted"),
+    "unknown table": ("[engines]\nmax_num_seqs = 4", "--engines: no such setting"),
     "no TOML": ("group_size = ", "Invalid TOML", "bad.toml", "Invalid value"),
     "no integer": ('group_size = "many"', "--group-size", "valid integer", "got 'many'"),
     "no table": ("engine = 3", "--engine", "valid dictionary", "got 3"),
