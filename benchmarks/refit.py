@@ -10,7 +10,6 @@ from those of the version that they began with (scored by the trainer), and of t
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -30,7 +29,7 @@ from rlloop.config import EngineSettings, RunSettings, TrainerSettings
 from rlloop.engine import Engine
 from rlloop.engine.vllm import start_vllm
 from rlloop.losses import clipped_surrogate
-from rlloop.placement import has_gpu, split_cores
+from rlloop.placement import place
 from rlloop.processes import shared_memory_prefix
 from rlloop.refit.transports import DiskWriter, MemoryWriter
 from rlloop.run import run
@@ -78,7 +77,7 @@ async def measure_rank(
 ) -> None:
     """One engine, and a trainer for each transport with two adapters of this rank."""
     settings.run_dir.mkdir(exist_ok=True)
-    engine_cores, trainer_cores = (None, None) if has_gpu() else split_cores(settings, os.sched_getaffinity(0))
+    placement = place(settings)
     writers = {
         "memory": MemoryWriter(options.dtype, f"{shared_memory_prefix(marker)}refit"),
         "disk": DiskWriter(options.dtype, settings.run_dir),
@@ -93,7 +92,7 @@ async def measure_rank(
                     settings=TrainerSettings(),
                     temperature=1.0,
                     writer=writer,
-                    cores=trainer_cores,
+                    cores=placement.trainer_cores,
                     log_path=settings.run_dir / "trainer.log",
                 )
             )
@@ -107,7 +106,7 @@ async def measure_rank(
                 lora_rank=rank,
                 num_versions=3,
                 log_path=settings.run_dir / "engine.log",
-                cores=engine_cores,
+                cores=placement.engine_cores,
             )
         )
         await measure_stages(engine, trainers, rank, options.repeats, stages)

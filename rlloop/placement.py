@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +12,26 @@ from rlloop.config import RunSettings
 from rlloop.errors import ConfigError
 
 _CORE_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """`None` for cores means a GPU."""
+
+    dtype: Literal["bfloat16", "float32"]
+    engine_cores: frozenset[int] | None
+    trainer_cores: frozenset[int] | None
+
+    def __str__(self) -> str:
+        if self.engine_cores is None or self.trainer_cores is None:
+            return f"in {self.dtype} on a GPU"
+        return f"in {self.dtype} on cores {sorted(self.engine_cores)} and {sorted(self.trainer_cores)}"
+
+
+def place(settings: RunSettings) -> Placement:
+    """What this machine offers to this run. Raises ConfigError as `split_cores` does."""
+    cores = (None, None) if has_gpu() else split_cores(settings, os.sched_getaffinity(0))
+    return Placement(resolve_dtype(settings), *cores)
 
 
 def split_cores(settings: RunSettings, available: set[int]) -> tuple[frozenset[int], frozenset[int]]:

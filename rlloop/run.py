@@ -24,7 +24,7 @@ from rlloop.ledger import Ledger, fingerprint
 from rlloop.loop import Loop, Step
 from rlloop.metrics import StepMetrics, completion_rows
 from rlloop.models import resolve_model
-from rlloop.placement import has_gpu, resolve_dtype, split_cores
+from rlloop.placement import Placement, place
 from rlloop.processes import guard, shared_memory_prefix
 from rlloop.refit.publisher import Refit
 from rlloop.rewards import Scorer
@@ -156,10 +156,13 @@ async def open_run(settings: RunSettings, marker: str) -> AsyncIterator[Run]:
 
     `marker` is that of `rlloop.processes.guard`. Raises RlloopError for anything that the user can mend.
     """
+    # First what needs no run directory: a typo leaves none behind.
+    placement = place(settings)
+    environment = load_environment(settings.env, settings.env_args)
+    model = str(await to_thread.run_sync(resolve_model, settings.model))
     async with AsyncExitStack() as stack:
         directory = stack.enter_context(open_run_directory(settings))
         checkpoint = newest_checkpoint(directory.path) if settings.resume else None
-        environment = load_environment(settings.env, settings.env_args)
         events = Events(directory.path / "events.jsonl")
         stack.callback(events.close)
         tracker = open_trackers(settings, directory.path, directory.attempt)
@@ -176,10 +179,9 @@ async def open_run(settings: RunSettings, marker: str) -> AsyncIterator[Run]:
         )
         ledger, tasks_fingerprint = _open_ledger(settings, environment, checkpoint)
 
-        tracker.status(f"loading {settings.model}")
-        model = str(await to_thread.run_sync(resolve_model, settings.model))
+        tracker.status(f"starting vLLM and the trainer {placement}")
         tokenizer = await to_thread.run_sync(_load_tokenizer, model)
-        engine, trainer = await _start(stack, settings, model, directory, marker, events, checkpoint, tracker)
+        engine, trainer = await _start(stack, settings, model, placement, directory, marker, events, checkpoint)
         refit = Refit(trainer, engine, POLICY, settings.num_versions, events)
         tracker.status("waiting for the first rollouts")
         yield Run(
@@ -204,34 +206,30 @@ async def _start(
     stack: AsyncExitStack,
     settings: RunSettings,
     model: str,
+    placement: Placement,
     directory: RunDirectory,
     marker: str,
     events: Events,
     checkpoint: Checkpoint | None,
-    tracker: Trackers,
 ) -> tuple[Engine, Trainer]:
     """Engine and trainer, started side by side."""
     from rlloop.engine.vllm import start_vllm
     from rlloop.refit.transports import DiskWriter, MemoryWriter
     from rlloop.trainer.peft import PeftTrainer
 
-    dtype = resolve_dtype(settings)
-    engine_cores, trainer_cores = (None, None) if has_gpu() else split_cores(settings, os.sched_getaffinity(0))
     writer = (
-        MemoryWriter(dtype, f"{shared_memory_prefix(marker)}refit")
+        MemoryWriter(placement.dtype, f"{shared_memory_prefix(marker)}refit")
         if settings.refit.transport == "memory"
-        else DiskWriter(dtype, directory.path / "refit")
+        else DiskWriter(placement.dtype, directory.path / "refit")
     )
-    where = "a GPU" if engine_cores is None else f"cores {sorted(engine_cores)} and {sorted(trainer_cores or ())}"
-    tracker.status(f"starting vLLM and the trainer in {dtype} on {where}")
     trainer = await stack.enter_async_context(
         PeftTrainer(
             model,
-            dtype=dtype,
+            dtype=placement.dtype,
             settings=settings.trainer,
             temperature=settings.sampling.temperature,
             writer=writer,
-            cores=trainer_cores,
+            cores=placement.trainer_cores,
             log_path=directory.logs / "trainer.log",
             events=events,
         )
@@ -249,11 +247,11 @@ async def _start(
             start_vllm(
                 model,
                 settings.engine,
-                dtype=dtype,
+                dtype=placement.dtype,
                 lora_rank=settings.lora.rank,
                 num_versions=settings.num_versions,
                 log_path=directory.logs / "engine.log",
-                cores=engine_cores,
+                cores=placement.engine_cores,
             )
         )
     return engine, trainer

@@ -84,3 +84,15 @@ def test_a_stopped_run_says_how_to_go_on(
     # Copied into a shell, the hint is the same command, with --resume for --overwrite.
     hint = shlex.split(error.partition("continue with: rlloop ")[2])
     assert hint == [*[argument for argument in arguments if argument != "--overwrite"], "--resume"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--env", "nosuch"], ["--engine.cpu_cores", "0-9999"], ["--model", "./missing"], ["--env_args", '{"x": 1}']],
+)
+def test_a_typo_leaves_no_run_directory_behind(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["grpo", "--run_dir", str(tmp_path / "run"), *flags]) in (1, 2)
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not (tmp_path / "run").exists()
