@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -84,8 +85,12 @@ class Terminal:
 
 
 def _cells(metrics: Mapping[str, float]) -> dict[str, str]:
+    # If the rewards of every group are all equal, nothing was trained: NaN would look like a failure.
+    trained = metrics.get("reward/frac_zero_std") != 1
+
     def show(key: str, form: str) -> str:
-        return format(metrics[key], form) if key in metrics else "-"
+        known = key in metrics and (trained or not math.isnan(metrics[key]))
+        return format(metrics[key], form) if known else "-"
 
     return {
         "reward": show("reward/mean", ".3f"),

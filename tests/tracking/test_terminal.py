@@ -40,6 +40,13 @@ def test_one_plain_line_per_step():
     ]
 
 
+def test_a_step_with_nothing_to_learn_from_does_not_look_like_a_failure():
+    terminal, out = plain()
+    terminal.log(18, {"reward/mean": 1.0, "reward/frac_zero_std": 1.0, "loss/policy": float("nan")})
+    terminal.close()
+    assert out.getvalue().startswith("step 18/20  reward 1.000  loss -  grad norm -")
+
+
 def test_live_table_on_a_terminal():
     out = io.StringIO()
     terminal = Terminal(Path("runs/a"), 40, Console(file=out, width=160, force_terminal=True, _environ={}))
