@@ -164,10 +164,13 @@ class Stages:
         samples = make_samples(groups, group_centred, token_weights)
         return await optimizer_step(self.trainer, "policy", samples, no_loss, AdamConfig(lr=1e-4))
 
-    async def finish_step(self, step: Step) -> None:
+    def finish_step(self, step: Step) -> None:
         self.events.flush()
         self.trainer.prompt_ids.clear()  # the fake remembers them for tests
         self.marks.append(Mark.now(self.engine.num_in_flight))
+
+    async def checkpoint(self, step: int) -> None:
+        """Nothing is saved."""
 
 
 def no_loss(*_: Any) -> Any:

@@ -109,10 +109,13 @@ class Stages:
         await anyio.sleep(self.tokens(groups) / (means(self.tail)[0] * self.groups_per_step))
         return {}
 
-    async def finish_step(self, step: Step) -> None:
+    def finish_step(self, step: Step) -> None:
         self.steps.append(step)
         self.ends.append(anyio.current_time())
         self.num_versions = max(self.num_versions, len(self.engine.versions))
+
+    async def checkpoint(self, step: int) -> None:
+        """Nothing is saved."""
 
     def tokens(self, groups: list[Group]) -> float:
         return float(sum(self.lengths[group.prompt.ordinal].sum() for group in groups))

@@ -59,8 +59,12 @@ class Stages(Protocol):
         """Train on the groups of one step. Its last await is the optimizer step: a cancelled update has made none."""
         ...
 
-    async def finish_step(self, step: Step) -> None:
-        """Log it, save it."""
+    def finish_step(self, step: Step) -> None:
+        """Log it: also when its refit was interrupted, since its update is made and will be saved."""
+        ...
+
+    async def checkpoint(self, step: int) -> None:
+        """Save what should be saved after this step."""
         ...
 
 
@@ -122,12 +126,16 @@ class Loop:
                 self.version += 1
                 self._ledger.trained([group.prompt.ordinal for group in groups], self.version)
                 updated = monotonic()
-                report = await self._refit.publish(self.version)
-                self._cancel_stale()
-                for _ in groups:
-                    slots.release()
-                step = Step(self.version, groups, metrics, received - started, updated - received, report)
-                await self._stages.finish_step(step)
+                report = RefitReport.interrupted(self.version)
+                try:
+                    report = await self._refit.publish(self.version)
+                    self._cancel_stale()
+                    for _ in groups:
+                        slots.release()
+                finally:
+                    step = Step(self.version, groups, metrics, received - started, updated - received, report)
+                    self._stages.finish_step(step)
+                await self._stages.checkpoint(self.version)
 
     async def _next_batch(self, tasks: TaskGroup) -> list[Group]:
         """Wait for the groups of the next update; replace those that have become too old."""

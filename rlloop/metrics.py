@@ -41,8 +41,8 @@ class StepMetrics:
         self._before: dict[str, float] = {}
         self._change_since_last()
 
-    def of(self, step: Step) -> Metrics:
-        """All metrics of a step that has just ended."""
+    def of(self, step: Step, checkpoint_seconds: float = 0.0) -> Metrics:
+        """All metrics of a step that has just ended; the checkpoint is the one after the step before."""
         change = self._change_since_last()
         seconds = change["clock"]
         engine_busy, trainer_busy = change["engine"] / seconds, step.update_seconds / seconds
@@ -67,7 +67,7 @@ class StepMetrics:
             "time/wait_rollouts": step.wait_seconds,
             "time/refit": step.refit.publish_seconds,
             "time/refit_stall": step.refit.stall_seconds,
-            "time/checkpoint": 0.0,  # of one that is written now, the caller
+            "time/checkpoint": checkpoint_seconds,
             "time/trainer_idle_frac": 1.0 - min(1.0, trainer_busy),
             "time/engine_idle_frac": 1.0 - min(1.0, engine_busy),
             "refit/export_seconds": step.refit.export_seconds,

@@ -83,6 +83,7 @@ class Run:
         self._metrics = StepMetrics(loop, self.ledger, self.engine)
         self._metrics.totals.update(self.totals)
         self._saved = self.first_step
+        self._checkpoint_seconds = 0.0
         try:
             await self.refit.publish(self.first_step)
             await loop.run()
@@ -116,16 +117,19 @@ class Run:
         """See `Stages.update`."""
         return await self._update(self.trainer, groups)
 
-    async def finish_step(self, step: Step) -> None:
+    def finish_step(self, step: Step) -> None:
         """See `Stages.finish_step`."""
-        metrics = self._metrics.of(step)  # before the checkpoint, which has the run's totals in it
-        started = monotonic()
-        if step.number % self.settings.checkpoint.every == 0:
-            await self._save()
-            metrics["time/checkpoint"] = monotonic() - started
         self.tracker.completions(step.number, completion_rows(step, self.tokenizer))
-        self.tracker.log(step.number, metrics)
+        self.tracker.log(step.number, self._metrics.of(step, self._checkpoint_seconds))
         self.events.flush()
+        self._checkpoint_seconds = 0.0
+
+    async def checkpoint(self, step: int) -> None:
+        """See `Stages.checkpoint`."""
+        if step % self.settings.checkpoint.every == 0:
+            started = monotonic()
+            await self._save()
+            self._checkpoint_seconds = monotonic() - started
 
     async def _save(self) -> None:
         version = self.loop.version

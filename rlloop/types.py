@@ -154,6 +154,11 @@ class RefitReport:
     publish_seconds: float
     """The whole, as the event loop saw it, export included."""
 
+    @classmethod
+    def interrupted(cls, policy_version: int) -> RefitReport:
+        """Of a publish that did not end: no size, and NaN for all times."""
+        return cls(policy_version, 0, *[float("nan")] * 5)
+
     @property
     def stall_seconds(self) -> float:
         """How long the worker could not run a forward pass."""

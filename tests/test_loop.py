@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from rlloop.loop import Loop, Step
 from rlloop.refit.publisher import Refit
 from rlloop.staleness import Backlog
 from rlloop.trainer.fake import FakeTrainer
-from rlloop.types import AdamConfig, Failure, Group, LoraConfig, Metrics, Prompt, Rollout
+from rlloop.types import AdamConfig, AdapterTicket, Failure, Group, LoraConfig, Metrics, Prompt, Rollout
 
 BACKENDS = ("asyncio", "trio")
 CAP = 3
@@ -65,8 +66,11 @@ class FakeStages:
         self.log.append(f"step {self.trainer.steps['policy']}")
         return {}
 
-    async def finish_step(self, step: Step) -> None:
+    def finish_step(self, step: Step) -> None:
         self.steps.append(step)
+
+    async def checkpoint(self, step: int) -> None:
+        self.log.append(f"checkpoint {step}")
 
 
 def rollout(version: int) -> Rollout:
@@ -153,7 +157,29 @@ def test_synchronous_loop_alternates(backend: str) -> None:
     anyio.run(lambda: run(stages, "correct", bound=0, num_steps=3), backend=backend)
     assert set(staleness(stages)) == {0}
     kinds = [line.split()[0] for line in stages.log]
-    assert kinds == ["refit"] + ["sample", "sample", "step", "refit"] * 3
+    assert kinds == ["refit"] + ["sample", "sample", "step", "refit", "checkpoint"] * 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_whose_refit_is_interrupted_is_finished(backend: str) -> None:
+    class HangsInTheSecondStep(FakeTrainer):
+        async def export_adapter(self, name: str) -> AdapterTicket:
+            if self.steps[name] == 2:
+                stop.cancel()
+                await anyio.sleep_forever()
+            return await super().export_adapter(name)
+
+    async def interrupted() -> None:
+        nonlocal stop
+        with anyio.CancelScope() as stop:
+            await run(stages, "correct", bound=1)
+
+    stop: anyio.CancelScope
+    stages = FakeStages(HangsInTheSecondStep(), random.Random(0))
+    anyio.run(interrupted, backend=backend)
+    assert [step.number for step in stages.steps] == [1, 2]
+    assert [math.isnan(step.refit.publish_seconds) for step in stages.steps] == [False, True]
+    assert "checkpoint 2" not in stages.log
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -65,9 +65,7 @@ DOCUMENTED: dict[str, Metric] = {
     "time/optimizer": Metric("seconds", "The optimizer step.", "perf/optimizer_s"),
     "time/refit": Metric("seconds", "From the update's end until the engine serves it.", "perf/weight_sync_s"),
     "time/refit_stall": Metric("seconds", "Of that: the engine could run no forward pass.", "perf/weight_sync_pause_s"),
-    "time/checkpoint": Metric(
-        "seconds", "Writing a checkpoint, part of the next step's time/step; 0 in steps that write none."
-    ),
+    "time/checkpoint": Metric("seconds", "Writing a checkpoint after the step before; 0 if that wrote none."),
     "time/trainer_idle_frac": Metric("fraction", "Of the step in which the trainer did nothing."),
     "time/engine_idle_frac": Metric("fraction", "Of the step in which the engine had no request."),
     "refit/export_seconds": Metric("seconds", "In the trainer: flatten, scale, cast and digest the adapter."),

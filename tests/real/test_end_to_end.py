@@ -26,7 +26,7 @@ def test_the_run_ends_well_and_leaves_nothing_behind(resumed: Any) -> None:
 
 def test_every_line_has_every_documented_metric(resumed: Any) -> None:
     lines = list(jsonl.read(resumed.run_dir / "metrics.jsonl"))
-    assert len(lines) >= resumed.num_steps - 1
+    assert len(lines) >= resumed.num_steps
     for line in lines:
         assert set(DOCUMENTED) - set(line) == set()
         assert set(line) - set(DOCUMENTED) == {"step", "attempt", "time"}
@@ -43,7 +43,8 @@ def test_metrics_are_plausible(resumed: Any) -> None:
             assert line["policy/mismatch_ratio_max"] == pytest.approx(1, abs=1e-3)
         assert line["async/staleness_max"] <= 4
         assert line["rollout/errors"] == line["rollout/timeouts"] == line["async/dropped_groups"] == 0
-        assert 0 < line["time/refit_stall"] < line["time/refit"] < line["time/step"]
+        if line["step"] != resumed.first_checkpoint.step:  # the signal may have interrupted its refit
+            assert 0 < line["time/refit_stall"] < line["time/refit"] < line["time/step"]
 
 
 def test_events_are_spans_of_every_stage(resumed: Any) -> None:
@@ -63,7 +64,7 @@ def test_events_are_spans_of_every_stage(resumed: Any) -> None:
 
 
 def test_completions_are_one_file_a_step(resumed: Any) -> None:
-    for step in (*range(1, resumed.first_checkpoint.step), resumed.num_steps):
+    for step in range(1, resumed.num_steps + 1):
         rows = list(jsonl.read(resumed.run_dir / "completions" / f"step_{step:06d}.jsonl"))
         assert len(rows) == 2 * 4
         for row in rows:
