@@ -162,8 +162,11 @@ class VllmEngine:
                 answers: list[Any] = await self._llm.collective_rpc(method, args=args)
                 tasks.cancel_scope.cancel()
         except ExceptionGroup as group:
+            error = group.exceptions[0]
+            if vllm_compat.says_a_worker_died(error):
+                raise EngineError(self._last_words) from error
             with self._death_is_an_engine_error():
-                raise group.exceptions[0] from None
+                raise error from None
         return answers
 
     @contextmanager

@@ -27,6 +27,11 @@ def sentinels(llm: Any) -> list[int]:
     return [process.sentinel for process in llm.engine_core.resources.engine_manager.processes]
 
 
+def says_a_worker_died(error: Exception) -> bool:
+    """Whether a call to the workers ended because one is gone, rather than because one refused it."""
+    return str(error).endswith((": cancelled", ": Executor failed."))
+
+
 @dataclass
 class Load:
     """What vLLM's statistics say, kept up to date by `load_recorder`."""
