@@ -3,7 +3,7 @@
     python benchmarks/on_stale_learning.py [--steps 16] [--seeds 1] [--parallel 1] [flags of rlloop grpo]
 
 The task is counting (slow_counting.py): long answers are right for large n, and late. The adapter at the end is loaded by
-transformers and peft alone and answers 128 new prompts. Runs of all kinds and seeds are `parallel` at a time.
+transformers and peft alone and answers 64 new prompts. Runs of all kinds and seeds are `parallel` at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlloop.models import resolve_model
 MODEL = "SmolLM2-135M-Instruct"
 KINDS = ("correct", "drop", "wait")
 GROUPS_PER_STEP = 4
-NUM_PROMPTS = 128
+NUM_PROMPTS = 64
 MAX_TOKENS = 48
 Run = tuple[str, int]
 """on_stale, seed"""
@@ -130,7 +130,9 @@ def trained(runs: list[Figures]) -> dict[str, Cell]:
         f"{num_dropped / (num_trained + num_dropped):.1%}",
         mean(line["async/staleness_mean"] for line in lines),
         max(line["async/staleness_max"] for line in lines),
-        mean(line["policy/sampler_kl_mean"] for line in lines),
+        mean(
+            line["policy/sampler_kl_mean"] for line in lines if line["optim/grad_norm"] > 0
+        ),  # else nothing was trained
         mean(line["completions/mean_length"] for line in lines),
     )
     return dict(zip(TRAINED, values, strict=True))
