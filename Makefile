@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MYPY := ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache
-BENCH ?= quickstart parity refit overlap against_trl cpu_lora loop_overhead on_stale
+BENCH ?= quickstart parity refit overlap against_trl cpu_lora loop_overhead on_stale on_stale_learning
 
 .PHONY: help install quickstart test lint bench lock clean
 

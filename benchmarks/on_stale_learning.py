@@ -1,9 +1,9 @@
 """What `on_stale` does to what is learned: correct, drop and wait under a long tail, judged on prompts that nobody trained on.
 
-    python benchmarks/on_stale_learning.py [--steps 16] [--seeds 1] [--parallel 1] [flags of rlloop grpo]
+    python benchmarks/on_stale_learning.py [--steps 16] [--seeds 1] [flags of rlloop grpo]
 
 The task is counting (slow_counting.py): long answers are right for large n, and late. The adapter at the end is loaded by
-transformers and peft alone and answers 64 new prompts. Runs of all kinds and seeds are `parallel` at a time.
+transformers and peft alone and answers 64 new prompts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -35,7 +34,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; more only where a GPU has room")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--seconds_per_token", type=float, default=0.03)
     options, flags = parser.parse_known_args()
@@ -55,8 +53,7 @@ def main() -> None:
         def folder(run: Run) -> Path:
             return Path(scratch) / f"{run[0]}-{run[1]}"
 
-        with ThreadPoolExecutor(options.parallel) as pool:
-            figures = dict(zip(runs, pool.map(train, runs), strict=True))
+        figures = {run: train(run) for run in runs}
         judge = Judge(options.model)
         start = judge.rewards(None)
         rewards = {run: judge.rewards(folder(run) / "latest" / "adapter") for run in runs}

@@ -162,11 +162,8 @@ class VllmEngine:
                 answers: list[Any] = await self._llm.collective_rpc(method, args=args)
                 tasks.cancel_scope.cancel()
         except ExceptionGroup as group:
-            error = group.exceptions[0]
-            if vllm_compat.says_a_worker_died(error):
-                raise EngineError(self._last_words) from error
             with self._death_is_an_engine_error():
-                raise error from None
+                raise group.exceptions[0] from None
         return answers
 
     @contextmanager
@@ -183,12 +180,12 @@ class VllmEngine:
 
     @contextmanager
     def _death_is_an_engine_error(self) -> Iterator[None]:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         try:
             yield
-        except EngineDeadError as error:
-            raise EngineError(self._last_words) from error
+        except Exception as error:
+            if vllm_compat.is_death(error):
+                raise EngineError(self._last_words) from error
+            raise
 
 
 def lora_request(version: int) -> Any:

@@ -27,9 +27,11 @@ def sentinels(llm: Any) -> list[int]:
     return [process.sentinel for process in llm.engine_core.resources.engine_manager.processes]
 
 
-def says_a_worker_died(error: Exception) -> bool:
-    """Whether a call to the workers ended because one is gone, rather than because one refused it."""
-    return str(error).endswith((": cancelled", ": Executor failed."))
+def is_death(error: Exception) -> bool:
+    """Whether the engine or one of its workers is gone, rather than has refused what it was asked."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return isinstance(error, EngineDeadError) or str(error).endswith((": cancelled", ": Executor failed."))
 
 
 @dataclass
