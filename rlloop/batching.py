@@ -57,6 +57,8 @@ class _Piece:
     index: int
     split: int
     end: int
+    loss_positions: IndexArray
+    """Of the tokens that carry loss."""
 
     @property
     def num_own(self) -> int:
@@ -99,7 +101,7 @@ def _groups(samples: Sequence[Sample], share_prefixes: bool) -> list[list[_Piece
         if split == 0:
             raise ValueError(f"sample {index}: its first token carries loss, but no token before it predicts it")
         key = (sample.prompt_id, sample.tokens[:split].tobytes()) if share_prefixes else index
-        groups.setdefault(key, []).append(_Piece(index, split, end))
+        groups.setdefault(key, []).append(_Piece(index, split, end, loss_positions))
     return list(groups.values())
 
 
@@ -135,6 +137,7 @@ def _lay_out(samples: Sequence[Sample], offsets: IndexArray, units: Sequence[_Un
     prefixes: list[int] = []
     hidden_index: list[IndexArray] = []
     loss_index: list[IndexArray] = []
+    targets: list[NDArray[np.int32]] = []
     num_tokens = 0
 
     def append(sample: Sample, begin: int, end: int, prefix: int) -> int:
@@ -157,15 +160,13 @@ def _lay_out(samples: Sequence[Sample], offsets: IndexArray, units: Sequence[_Un
             own_start = prefix_start + piece.split
             if not alone and piece.num_own:
                 own_start = append(sample, piece.split, piece.end, prefix)
-            predicting = np.flatnonzero(sample.loss_mask) - 1
+            predicting = piece.loss_positions - 1
             shared = predicting < piece.split  # the last token of the prefix
             hidden_index.append(np.where(shared, prefix_start + predicting, own_start + predicting - piece.split))
-            loss_index.append(offsets[piece.index] + predicting + 1)
+            loss_index.append(offsets[piece.index] + piece.loss_positions)
+            targets.append(sample.tokens[piece.loss_positions])
 
     order = np.argsort(flat := np.concatenate(loss_index))
-    loss_tokens = [
-        samples[piece.index].tokens[samples[piece.index].loss_mask] for unit in units for piece in unit.pieces
-    ]
     return Microbatch(
         tokens=np.concatenate(tokens).astype(np.int64),
         positions=np.concatenate(positions),
@@ -173,6 +174,6 @@ def _lay_out(samples: Sequence[Sample], offsets: IndexArray, units: Sequence[_Un
         segment_lengths=np.diff(starts, append=num_tokens),
         segment_prefixes=np.array(prefixes),
         hidden_index=np.concatenate(hidden_index)[order],
-        targets=np.concatenate(loss_tokens).astype(np.int64)[order],
+        targets=np.concatenate(targets).astype(np.int64)[order],
         loss_index=flat[order],
     )

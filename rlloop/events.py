@@ -40,6 +40,7 @@ class Events:
 
     def __init__(self, path: Path | None, *, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
+        self.path = path
         self.lost_lines = 0
         self._file = jsonl.open_append(path) if path else None
         self._lines: list[bytes] = []
@@ -54,6 +55,12 @@ class Events:
         """Something that happened now and took no time."""
         now = self.clock()
         self._record(name, resource, now, now, policy_version, fields, None)
+
+    def record(
+        self, name: str, resource: str, start: float, end: float, *, policy_version: int | None = None, **fields: Any
+    ) -> None:
+        """A span that was timed elsewhere; the resource's `busy` does not count it."""
+        self._record(name, resource, start, end, policy_version, fields, None)
 
     def busy(self, resource: str) -> float:
         """Seconds in which at least one span of the resource was open, up to now; callers subtract two readings."""

@@ -72,6 +72,23 @@ class PackedLayout:
         self.slots = torch.from_numpy(slots).to(device)
         """[T] slot of each packed token."""
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query [T, H, D], key and value [T, K, D] -> [T, H, D]."""
+        head_size = query.shape[2]
+        keys, values = key.flatten(1), value.flatten(1)
+        outputs = []
+        padded = (self.pad(tensor) for tensor in (query.flatten(1), keys, values))
+        for rows, row_queries, *own in zip(self.rows, *padded, strict=True):
+            row_keys, row_values = own
+            if rows.prefix_tokens is not None:
+                row_keys, row_values = (
+                    torch.cat([_prefix_rows(tensor, rows), rest], dim=1)
+                    for tensor, rest in ((keys, row_keys), (values, row_values))
+                )
+            q, k, v = (t.unflatten(2, (-1, head_size)).transpose(1, 2) for t in (row_queries, row_keys, row_values))
+            outputs.append(_attend(q, k, v, rows.mask, scale).transpose(1, 2).flatten(2))
+        return self.pack(outputs).view(query.shape)
+
     def pad(self, packed: Tensor) -> list[Tensor]:
         """[T, C] -> [R, L, C] for each batch."""
         padded = _Pad.apply(packed, self.tokens, self.slots)
@@ -207,21 +224,9 @@ def packed_attention(
             f"{type(module).__name__} has a sliding window of {window} tokens; packed attention supports it only for "
             f"microbatches that are shorter, got {packed_layout.num_tokens}: lower trainer.max_tokens_per_microbatch"
         )
-    num_heads, head_size = query.shape[1], query.shape[3]
-    scale = head_size**-0.5 if scaling is None else scaling
-    keys, values = (tensor[0].transpose(0, 1).flatten(1) for tensor in (key, value))  # [T, K * D]
-    padded = (packed_layout.pad(tensor) for tensor in (query[0].transpose(0, 1).flatten(1), keys, values))
-    outputs = []
-    for rows, row_queries, *own in zip(packed_layout.rows, *padded, strict=True):
-        row_keys, row_values = own
-        if rows.prefix_tokens is not None:
-            row_keys, row_values = (
-                torch.cat([_prefix_rows(tensor, rows), rest], dim=1)
-                for tensor, rest in ((keys, row_keys), (values, row_values))
-            )
-        q, k, v = (t.unflatten(2, (-1, head_size)).transpose(1, 2) for t in (row_queries, row_keys, row_values))
-        outputs.append(_attend(q, k, v, rows.mask, scale).transpose(1, 2).flatten(2))
-    return packed_layout.pack(outputs).view(1, -1, num_heads, head_size), None
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return packed_layout.attend(query, key, value, scale)[None], None
 
 
 def _prefix_rows(packed: Tensor, rows: _Rows) -> Tensor:

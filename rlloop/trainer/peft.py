@@ -2,110 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
-from rlloop.config import TrainerSettings
-from rlloop.errors import TrainerError
-from rlloop.events import Events
-from rlloop.trainer import AdapterWriter, Head, Loss
-from rlloop.trainer.ranks import RankContext, Ranks, RankSpec
-from rlloop.types import AdamConfig, AdapterTicket, FloatArray, LoraConfig, Metrics, OptimResult, Sample
+from rlloop.trainer.rank_trainer import RankArguments, RankTrainer
+from rlloop.trainer.ranks import RankContext, RankSpec
 
 
-class PeftTrainer:
-    """A Trainer (see `rlloop.trainer`) for small machines: one process, one device, a GPU if there is one.
+class PeftTrainer(RankTrainer):
+    """For small machines: one process, one device, a GPU if there is one."""
 
-    Enter it to start the process; its first call waits until the model is loaded. `model` is a folder in transformers'
-    format, `dtype` that of the frozen base (adapters and optimizers are fp32), `temperature` the one that samples are drawn
-    at. `cores` pins it, with as many threads; `log_path` takes what its libraries print; `events` its spans.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        *,
-        dtype: str,
-        settings: TrainerSettings,
-        temperature: float,
-        writer: AdapterWriter,
-        cores: frozenset[int] | None = None,
-        seed: int = 0,
-        log_path: Path | None = None,
-        events: Events | None = None,
-    ) -> None:
-        factory = partial(
-            _build, model=model, dtype=dtype, settings=settings, temperature=temperature, writer=writer, seed=seed
-        )
-        self._ranks = Ranks([RankSpec(factory, cores, log_path)])
-        self._events = events or Events(None)
-
-    async def __aenter__(self) -> PeftTrainer:
-        await self._ranks.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._ranks.close()
-
-    async def create_adapter(self, name: str, lora: LoraConfig, head: Head = "policy") -> None:
-        """A new adapter (B = 0, so the model is the base) with an optimizer of its own."""
-        if head != "policy":
-            raise TrainerError(f"adapter {name!r}: the peft trainer has policy heads only, got head={head!r}")
-        await self._ranks.call("create_adapter", name, lora)
-
-    async def remove_adapter(self, name: str) -> None:
-        """Forget an adapter and its optimizer."""
-        await self._ranks.call("remove_adapter", name)
-
-    async def forward_backward(self, name: str, samples: Sequence[Sample], loss: Loss) -> Metrics:
-        """Add the gradient of the loss over the samples, in microbatches under the token budget, to the adapter's."""
-        with self._events.span("forward_backward", "trainer", num_samples=len(samples)):
-            metrics: Metrics = await self._ranks.call("forward_backward", name, samples, loss)
-        return metrics
-
-    async def optim_step(self, name: str, adam: AdamConfig) -> OptimResult:
-        """Clip, step, zero the gradient; raises NonFiniteError after several non-finite ones in a row."""
-        with self._events.span("optim_step", "trainer"):
-            result: OptimResult = await self._ranks.call("optim_step", name, adam)
-        return result
-
-    async def logprobs(self, name: str | None, samples: Sequence[Sample]) -> list[FloatArray]:
-        """Per sample [T], 0 where `loss_mask` is false; `None` names the frozen base."""
-        with self._events.span("logprobs", "trainer", num_samples=len(samples)):
-            logprobs: list[FloatArray] = await self._ranks.call("logprobs", name, samples)
-        return logprobs
-
-    async def export_adapter(self, name: str) -> AdapterTicket:
-        """Hand the adapter's present weights to the transport."""
-        with self._events.span("export_adapter", "trainer"):
-            ticket: AdapterTicket = await self._ranks.call("export_adapter", name)
-        return ticket
-
-    async def save(self, name: str, folder: Path) -> None:
-        """Write `adapter/` and `state/` into the folder. A forward_backward that is running raises Interrupted."""
-        self._ranks.interrupt()
-        await self._ranks.call("save", name, folder)
-
-    async def load(self, name: str, folder: Path) -> None:
-        """Restore what `save` wrote into an adapter that exists."""
-        await self._ranks.call("load", name, folder)
+    def _specs(self, arguments: RankArguments, cores: frozenset[int] | None, log_path: Path | None) -> list[RankSpec]:
+        return [RankSpec(partial(_build, arguments=arguments), cores, log_path)]
 
 
-def _build(
-    context: RankContext,
-    *,
-    model: str,
-    dtype: str,
-    settings: TrainerSettings,
-    temperature: float,
-    writer: AdapterWriter,
-    seed: int,
-) -> object:
+def _build(context: RankContext, *, arguments: RankArguments) -> object:
     """Runs in the rank, the only process that imports torch."""
     from rlloop.trainer.peft_rank import PeftRank
 
-    return PeftRank(context, model, dtype, settings, temperature, writer, seed)
+    return PeftRank(context, arguments)

@@ -49,9 +49,14 @@ class RankContext:
     call_number: int = 0
     """Of the call that runs; they count from 1."""
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the event loop wants the running call to end."""
+        return bool(self.call_number <= self.last_interrupted.value)
+
     def check_interrupt(self) -> None:
-        """Raise Interrupted when the event loop wants the running call to end."""
-        if self.call_number <= self.last_interrupted.value:
+        """Raise Interrupted when `is_interrupted`."""
+        if self.is_interrupted:
             raise Interrupted("the trainer's call was interrupted")
 
 
@@ -189,9 +194,7 @@ class Ranks:
         rank = self._ranks[index]
         try:
             await anyio.wait_readable(rank.pipe.fileno())
-            os.set_blocking(
-                rank.pipe.fileno(), True
-            )  # uvloop makes what it waits for non-blocking, and `recv` must wait
+            os.set_blocking(rank.pipe.fileno(), True)  # `recv` must wait; uvloop makes what it watches non-blocking
             reply: _Reply = rank.pipe.recv()
         except (EOFError, OSError):
             await anyio.to_thread.run_sync(rank.process.join, 5.0)  # its pipe is closed, so it is about to be gone

@@ -19,7 +19,7 @@ def test_equals_log_softmax(
     monkeypatch: pytest.MonkeyPatch, temperature: float, product_rows: int, softmax_rows: int
 ) -> None:
     monkeypatch.setitem(head._ROWS_PER_PRODUCT, "cpu", product_rows)
-    monkeypatch.setitem(head._ROWS_PER_SOFTMAX, "cpu", softmax_rows)
+    monkeypatch.setattr(head, "_ROWS_PER_SOFTMAX", softmax_rows)
     torch.manual_seed(0)
     weight, targets, d_logprobs = torch.randn(50, 16), torch.randint(50, (23,)), torch.randn(23)
     hidden = torch.randn(23, 16).requires_grad_()

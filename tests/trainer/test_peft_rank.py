@@ -19,6 +19,7 @@ from rlloop.config import TrainerSettings
 from rlloop.errors import NonFiniteError, TrainerError
 from rlloop.trainer import TokenBatch
 from rlloop.trainer.peft_rank import PeftRank
+from rlloop.trainer.rank_trainer import RankArguments
 from rlloop.trainer.ranks import Interrupted, RankContext
 from rlloop.types import AdamConfig, LoraConfig, Sample
 
@@ -44,7 +45,7 @@ def surrogate(logprobs: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, T
 
 def make_rank(model: str, dtype: str = "float32", interrupted: Any = None, **settings: Any) -> PeftRank:
     context = RankContext(0, 1, interrupted or SimpleNamespace(value=0), call_number=1)
-    return PeftRank(context, model, dtype, TrainerSettings(**settings), TEMPERATURE, Writer(), seed=0)  # type: ignore[arg-type]
+    return PeftRank(context, RankArguments(model, dtype, TrainerSettings(**settings), TEMPERATURE, Writer(), seed=0))
 
 
 @pytest.fixture

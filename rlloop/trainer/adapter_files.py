@@ -1,0 +1,90 @@
+"""What a checkpoint holds of an adapter, the same for every trainer, so that either can go on from the other's:
+
+    adapter/   what `peft.PeftModel.from_pretrained` reads
+    state/     optimizer.safetensors: `<PEFT's name>.<moment>` in fp32, and rng.safetensors
+
+Full tensors, never a rank's share: any number of ranks can load them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlloop.errors import TrainerError
+from rlloop.types import LoraConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+"""AdamW's state of a parameter: two tensors like it, and the number of its steps."""
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+"""By PEFT's names: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight."""
+
+
+def peft_config(lora: LoraConfig, model: str) -> peft.LoraConfig:
+    """PEFT's description of an adapter of the model in folder `model`."""
+    return peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model,
+    )
+
+
+def initial_a(parameter_name: str, seed: int, shape: Sequence[int]) -> Tensor:
+    """PEFT's initial A [r, in] (kaiming uniform with a = sqrt(5): within 1 / sqrt(in)), from the seed and the name alone,
+    so that it depends on neither layout nor other adapters."""
+    digest = hashlib.sha256(f"{seed}/{parameter_name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    bound = shape[1] ** -0.5
+    return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
+
+
+def check_targets(lora: LoraConfig, available: set[str]) -> None:
+    """Raise TrainerError for a target that the model does not have (PEFT ignores those while any other fits)."""
+    if unknown := sorted(set(lora.targets) - available):
+        raise TrainerError(
+            f"lora.targets: expected names among {', '.join(sorted(available))}, got {', '.join(unknown)}"
+        )
+
+
+def write_adapter(folder: Path, config: peft.LoraConfig, weights: Tensors, moments: Tensors) -> None:
+    """`moments` has `<name>.<moment>` of every parameter that was stepped."""
+    (folder / "adapter").mkdir(parents=True, exist_ok=True)
+    (folder / "state").mkdir(exist_ok=True)
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(on_cpu, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.inference_mode = True
+    config.save_pretrained(folder / "adapter")
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in moments.items()},
+        folder / "state" / "optimizer.safetensors",
+    )
+    save_file({"torch": torch.get_rng_state()}, folder / "state" / "rng.safetensors")
+
+
+def read_adapter(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Tensors, Tensors]:
+    """-> weights and moments; sets torch's random state. Without `state/`, as PEFT saves an adapter, there are no moments.
+
+    Raises TrainerError unless the weights have just these names and shapes.
+    """
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    if found != shapes:
+        key = min(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
+        raise TrainerError(
+            f"{folder}: the adapter saved there does not fit adapter {name!r}; at {key}: expected "
+            f"{shapes.get(key)}, got {found.get(key)}. Keep lora.rank, lora.targets and model of the saved run"
+        )
+    if not (folder / "state").exists():
+        return weights, {}
+    torch.set_rng_state(load_file(folder / "state" / "rng.safetensors")["torch"])
+    return weights, load_file(folder / "state" / "optimizer.safetensors")

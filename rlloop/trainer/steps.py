@@ -1,0 +1,40 @@
+"""What every trainer's rank does around an optimizer step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+
+import torch
+
+from rlloop.errors import NonFiniteError
+
+
+class SkippedSteps:
+    """Counts each adapter's steps that were skipped in a row for a non-finite loss or gradient."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._in_a_row: Counter[str] = Counter()
+
+    def count(self, name: str, skipped: bool) -> None:
+        """Raise NonFiniteError when there were `limit` of them."""
+        self._in_a_row[name] = self._in_a_row[name] + 1 if skipped else 0
+        if self._in_a_row[name] >= self._limit:
+            raise NonFiniteError(
+                f"{self._in_a_row[name]} steps in a row had a non-finite loss or gradient (adapter {name!r}); "
+                "lower optim.lr, or look for a reward or advantage that is not finite"
+            )
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of one large matrix product: what `mfu` is a fraction of."""
+    size = 1024 if device.type == "cpu" else 8192
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    best = math.inf
+    for _ in range(4):
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best

@@ -1,0 +1,139 @@
+"""From samples to what a loss sees of one microbatch, and from its metrics to the batch's: the same for every trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlloop.batching import Microbatch
+from rlloop.errors import TrainerError
+from rlloop.trainer import TokenBatch
+from rlloop.types import FloatArray, Metrics, Sample
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Without waiting for what the device computes (a copy from pageable memory would)."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class Columns:
+    """The samples' per-token arrays, each as one array over all of their tokens, as `Microbatch.loss_index` counts.
+
+    Raises TrainerError when an optional one is there for some of the samples only.
+    """
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._columns: dict[str, FloatArray | None] = {}
+        for key in ("advantages", "loss_weights", "rollout_logprobs", "old_logprobs", "ref_logprobs"):
+            arrays = [getattr(sample, key) for sample in samples]
+            missing = [array is None for array in arrays]
+            if any(missing) and not all(missing):
+                raise TrainerError(f"{key}: give it for every sample of a batch or for none")
+            self._columns[key] = None if not arrays or missing[0] else np.concatenate(arrays, dtype=np.float32)
+
+    def of(self, microbatch: Microbatch, device: torch.device) -> dict[str, Tensor | None]:
+        """Those of a microbatch's loss tokens, [N] each: the fields of a TokenBatch but its entropy."""
+        return {
+            key: None if column is None else to_device(column[microbatch.loss_index], device)
+            for key, column in self._columns.items()
+        }
+
+
+class Totals:
+    """Metrics of the loss tokens of all microbatches of one call. They stay on the device, so that nothing waits for it."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.num_computed_tokens = 0
+        self._names: tuple[str, ...] = ()
+        self._losses: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._maxima: list[Tensor] = []
+
+    def add(
+        self,
+        loss: Tensor,
+        logprobs: Tensor,
+        tokens: TokenBatch,
+        microbatch: Microbatch,
+        metrics: Mapping[str, Tensor],
+    ) -> None:
+        """One microbatch: its loss, and per-token metrics [N] beside those that every trainer reports."""
+        difference = (logprobs.detach() - tokens.rollout_logprobs).abs()
+        values = {"entropy": tokens.entropy, "sampler_logprob_diff": difference, **metrics}
+        self._names = tuple(values)
+        stacked = torch.stack([tensor.detach().float() for tensor in values.values()])
+        self._losses.append(loss.detach().float())
+        self._sums.append(stacked.sum(dim=1))
+        self._maxima.append(stacked.amax(dim=1))
+        self.num_tokens += len(microbatch.targets)
+        self.num_computed_tokens += len(microbatch.tokens)
+
+    def summary(self) -> Summary:
+        """Waits for the device."""
+        if not self._losses:
+            return Summary()
+        sums = torch.stack(self._sums).double().sum(dim=0)
+        maxima = torch.stack(self._maxima).double().amax(dim=0)
+        loss = torch.stack(self._losses).double().sum(dim=0, keepdim=True)
+        values = torch.cat([loss, sums, maxima]).tolist()
+        num_names = len(self._names)
+        return Summary(
+            loss=values[0],
+            num_tokens=self.num_tokens,
+            num_computed_tokens=self.num_computed_tokens,
+            sums=dict(zip(self._names, values[1 : num_names + 1], strict=True)),
+            maxima=dict(zip(self._names, values[num_names + 1 :], strict=True)),
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `Totals` found."""
+
+    loss: float = 0.0
+    num_tokens: int = 0
+    num_computed_tokens: int = 0
+    sums: Mapping[str, float] = field(default_factory=dict)
+    maxima: Mapping[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def merge(parts: Sequence[Summary]) -> Summary:
+        """Those of ranks that had microbatches of their own."""
+        sums: dict[str, float] = {}
+        maxima: dict[str, float] = {}
+        for part in parts:
+            for name in part.sums:
+                sums[name] = sums.get(name, 0.0) + part.sums[name]
+                maxima[name] = max(maxima.get(name, -np.inf), part.maxima[name])
+        return Summary(
+            loss=sum(part.loss for part in parts),
+            num_tokens=sum(part.num_tokens for part in parts),
+            num_computed_tokens=sum(part.num_computed_tokens for part in parts),
+            sums=sums,
+            maxima=maxima,
+        )
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss of every microbatch was (a sum with one that was not, is not)."""
+        return bool(np.isfinite(self.loss))
+
+    def metrics(self) -> Metrics:
+        """Per-token metrics as `<name>/mean` and `<name>/max`."""
+        means = {f"{name}/mean": total / self.num_tokens for name, total in self.sums.items()}
+        maxima = {f"{name}/max": value for name, value in self.maxima.items()}
+        return {
+            **means,
+            **maxima,
+            "loss": self.loss,
+            "num_tokens": self.num_tokens,
+            "num_computed_tokens": self.num_computed_tokens,
+        }
