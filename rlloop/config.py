@@ -85,11 +85,45 @@ class OptimSettings(Settings):
         return AdamConfig(self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay, self.max_grad_norm)
 
 
+class MegatronSettings(Settings):
+    """How the megatron trainer divides the model; it starts tensor x pipeline x data parallel ranks, each on a GPU."""
+
+    tensor_parallel: int = Field(1, ge=1)
+    """Ranks that share each layer."""
+    pipeline_parallel: int = Field(1, ge=1)
+    """Stages that the layers are cut into."""
+    data_parallel: int = Field(1, ge=1)
+    """Copies of the model, which share the batch."""
+    virtual_stages: int = Field(1, ge=1)
+    """Pieces of each stage; more than one interleaves the pipeline, so that its stages idle less."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Launch all layers at once, on one rank a copy of the model: faster where kernels are short, a little more memory.
+    auto: for models of less than a billion weights."""
+    sequence_parallel: bool = False
+    """Between layers, tensor-parallel ranks hold a part of the tokens each: less memory."""
+
+    @property
+    def num_ranks(self) -> int:
+        """All of them."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MegatronSettings:
+        if self.virtual_stages > 1 and self.pipeline_parallel == 1:
+            raise ValueError("virtual_stages > 1 needs pipeline_parallel > 1: it interleaves the stages of a pipeline")
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError(
+                "sequence_parallel needs tensor_parallel > 1: it divides tokens among tensor-parallel ranks"
+            )
+        return self
+
+
 class TrainerSettings(Settings):
     """Who learns."""
 
-    kind: Literal["peft"] = "peft"
-    """PyTorch + PEFT in a process of its own."""
+    kind: Literal["peft", "megatron"] = "peft"
+    """peft: PyTorch + PEFT in one process. megatron: Megatron-Bridge on one or more ranks."""
+    megatron: MegatronSettings = MegatronSettings()
     max_tokens_per_microbatch: int = Field(2048, ge=16)
     """Token budget of one forward and backward pass; lower it when memory runs out."""
     gradient_checkpointing: bool = False
@@ -98,6 +132,12 @@ class TrainerSettings(Settings):
     """Cores of the trainer on a CPU; see engine.cpu_cores."""
     max_nonfinite_steps: int = Field(3, ge=1)
     """Steps with a non-finite loss or gradient are skipped; this many in a row end the run."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainerSettings:
+        if self.kind != "megatron" and self.megatron != MegatronSettings():
+            raise ValueError(f"trainer.megatron is for --trainer.kind megatron, got --trainer.kind {self.kind}")
+        return self
 
 
 class RefitSettings(Settings):

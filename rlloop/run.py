@@ -219,7 +219,7 @@ async def _start(
     """Engine and trainer, started side by side."""
     from rlloop.engine.vllm import start_vllm
     from rlloop.refit.transports import DiskWriter, MemoryWriter
-    from rlloop.trainer.peft import PeftTrainer
+    from rlloop.trainer.kinds import trainer_class
 
     writer = (
         MemoryWriter(placement.dtype, f"{shared_memory_prefix(marker)}refit")
@@ -227,7 +227,7 @@ async def _start(
         else DiskWriter(placement.dtype, directory.path / "refit")
     )
     trainer = await stack.enter_async_context(
-        PeftTrainer(
+        trainer_class(settings.trainer.kind)(
             model,
             dtype=placement.dtype,
             settings=settings.trainer,

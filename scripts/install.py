@@ -8,7 +8,8 @@ done again: the wheel when a source changed, everything when the lock, torch or 
 1. torch. `torch==2.13.0+cpu` is asked for by its full name, since plain `torch==2.13.0` is the CUDA build (2.5 GB) on
    most machines. pip looks first where it is configured to (some machines keep the CPU build), then in PyTorch's CPU
    index.
-2. requirements/cpu.txt, without dependency resolution: what its packages declare cannot all be installed on a CPU.
+2. requirements/cpu.txt and megatron.txt, without dependency resolution: what their packages declare cannot all be
+   installed on a CPU.
 3. The wheel, built from a copy of the sources. Never an editable install: what runs here is what would be shipped.
 
 Needs the standard library alone.
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 LOCK = ROOT / "requirements" / "cpu.txt"
+MEGATRON = ROOT / "requirements" / "megatron.txt"
 LOG = VENV / "install.log"
 DONE = VENV / "installed.json"
 TORCH = "torch==2.13.0+cpu"
@@ -79,7 +81,9 @@ def source_files() -> list[Path]:
 
 def fingerprints() -> dict[str, str]:
     """Stage -> digest of all that it depends on."""
-    dependencies = hashlib.sha256(f"{platform.python_version()} {TORCH}\n".encode() + LOCK.read_bytes())
+    dependencies = hashlib.sha256(
+        f"{platform.python_version()} {TORCH}\n".encode() + LOCK.read_bytes() + MEGATRON.read_bytes()
+    )
     wheel = dependencies.copy()
     for path in source_files():
         wheel.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
@@ -139,6 +143,7 @@ def install_lock() -> None:
     expected = sum("==" in line for line in LOCK.read_text().splitlines())
     say(f"installing {expected} packages of {LOCK.relative_to(ROOT)}")
     pip_install("-r", LOCK, what=LOCK.name, expected=expected)
+    pip_install("--ignore-requires-python", "-r", MEGATRON, what=MEGATRON.name)
 
 
 def install_wheel() -> None:

@@ -24,7 +24,18 @@ FOLDERS = {"rlloop": "rlloop", "rlloop.algorithms": "algorithms", "rlloop.envs":
 LAYERS = (
     ("errors", "types", "processes", "signals"),
     ("config", "tracking", "staleness", "ledger"),
-    ("corrections", "advantages", "losses", "batching", "environment", "rewards", "events", "models", "placement"),
+    (
+        "corrections",
+        "advantages",
+        "losses",
+        "batching",
+        "environment",
+        "rewards",
+        "events",
+        "models",
+        "placement",
+        "testing",
+    ),
     ("engine", "trainer", "checkpoint", "run_directory"),
     ("refit",),
     ("rollouts", "samples", "updates", "loop", "metrics"),
@@ -32,7 +43,7 @@ LAYERS = (
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 # Third-party package -> the only folders that may import it.
-CONFINED = {"vllm": {"engine", "refit"}, "megatron": {"trainer"}, "peft": {"trainer"}}
+CONFINED = {"vllm": {"engine", "refit"}, "megatron": {"trainer", "testing"}, "peft": {"trainer"}}
 MAX_LINES = 400
 
 

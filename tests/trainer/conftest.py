@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from rlloop.types import Sample
+
+sys.path.insert(0, str(Path(__file__).parent))  # of the ranks, too: they import what a test sends by its module's name
 
 VOCABULARY = 97
 MakeSamples = Callable[..., list[Sample]]

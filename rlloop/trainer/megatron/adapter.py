@@ -1,0 +1,326 @@
+"""One named LoRA adapter of a Megatron model: this rank's share of its weights, gradients and optimizer, in flat buffers.
+
+    [ whole A | whole B | cut A | cut B ]       whole: the same on all tensor-parallel ranks (see `lora`)
+
+Flat, because then a step, a sum over ranks and an export are a few operations however many layers there are. Data-parallel
+ranks hold one slice each of the fp32 weights and of AdamW's moments (ZeRO-1, Rajbhandari et al. 2020), and all of the rest.
+
+Shapes: r rank of the adapter, R stacked rank of a layer, n parameters of this rank, filled up to a multiple of the slices.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlloop.trainer.adapter_files import MOMENTS, initial_a
+from rlloop.trainer.megatron.lora import LoraLinear, LoraWeights
+from rlloop.trainer.megatron.parallel import Groups
+from rlloop.types import AdamConfig, LoraConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A linear layer of the Hugging Face model: some rows of a layer of Megatron's."""
+
+    name: str
+    """PEFT's, without `.lora_A.weight`."""
+    rows: Tensor | None
+    """This rank's rows of it, in its own order, as indices into Megatron's; None: all, as they lie."""
+
+    @property
+    def target(self) -> str:
+        """What `LoraConfig.targets` calls it: q_proj."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptableLayer:
+    """A layer of Megatron's on this rank, and what it holds."""
+
+    layer: LoraLinear
+    projections: tuple[Projection, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where an adapted layer's A [R, I] and B [O, R] lie in the flat buffers."""
+
+    layer: LoraLinear
+    projections: tuple[Projection, ...]
+    a: slice
+    b: slice
+    a_shape: tuple[int, int]
+    b_shape: tuple[int, int]
+
+
+class Adapter:
+    """A is drawn by parameter name, B is zero."""
+
+    def __init__(self, lora: LoraConfig, layers: Sequence[AdaptableLayer], groups: Groups, dtype: torch.dtype) -> None:
+        self.lora = lora
+        self.num_skipped_in_a_row = 0
+        self._groups = groups
+        self._scale = lora.alpha / lora.rank
+        self._slots, self._num_whole, self._b_slices, num_parameters = _lay_out(lora, layers, groups.tp_size)
+        num_slices, device = groups.dp_size, groups.device
+        self._n = -(-num_parameters // num_slices) * num_slices
+        self._gradient = torch.zeros(self._n, device=device)
+        self._weights = torch.empty(self._n, device=device, dtype=dtype)
+        self._mask = self._own_entries()
+        self._master = torch.nn.Parameter(torch.zeros(self._n // num_slices, device=device))
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._optimizer = torch.optim.AdamW([self._master], fused=True)
+        shapes = dict(self._shapes())
+        self._shapes_of_stages: list[dict[str, tuple[int, int]]] = [{}] * groups.pp_size
+        dist.all_gather_object(self._shapes_of_stages, shapes, group=groups.pp)
+        initial = {
+            name: initial_a(name, lora.seed, shape) if ".lora_A." in name else torch.zeros(shape)
+            for name, shape in shapes.items()
+        }
+        self.load(initial, {})
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Of the whole adapter, by PEFT's names."""
+        return {name: shape for shapes in self._shapes_of_stages for name, shape in shapes.items()}
+
+    def activate(self, layers: Sequence[AdaptableLayer]) -> None:
+        """Make it the adapter of the model."""
+        weights = {slot.layer: self._layer_weights(slot) for slot in self._slots}
+        self._copies = [pair for adaptable in layers for pair in adaptable.layer.set_lora(weights.get(adaptable.layer))]
+        self._copy()
+
+    def deactivate(self) -> None:
+        """Another one, or none, is the adapter of the model."""
+        self._copies = []
+
+    def discard_gradient(self) -> None:
+        """Of all microbatches since the last step."""
+        self._gradient.zero_()
+
+    @torch.no_grad()
+    def reduce_gradient(self) -> float:
+        """Sum it over the ranks; -> its norm over the whole adapter."""
+        groups = self._groups
+        for b in self._b_slices:
+            self._gradient[b].mul_(self._scale)  # from that of s B
+        if self._mask is not None:
+            self._gradient.mul_(self._mask)
+        if groups.dp_size > 1:
+            dist.all_reduce(self._gradient, group=groups.dp)
+        whole, cut = self._gradient[: self._num_whole], self._gradient[self._num_whole :]
+        if self._num_whole:
+            dist.all_reduce(whole, group=groups.tp)
+        square = cut.square().sum()
+        if groups.tp_rank == 0:
+            square += whole.square().sum()
+        dist.all_reduce(square, group=groups.model)
+        return math.sqrt(square) if bool(square.isfinite()) else math.nan
+
+    @torch.no_grad()
+    def step(self, adam: AdamConfig, grad_norm: float) -> None:
+        """Clip the gradient, which `reduce_gradient` has summed, step, and zero it."""
+        self._gradient.mul_(min(1.0, adam.max_grad_norm / (grad_norm + 1e-6)))
+        self._master.grad = self._slice(self._gradient)
+        for group in self._optimizer.param_groups:
+            group.update(lr=adam.lr, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay)
+        self._optimizer.step()
+        self._master.grad = None
+        self.discard_gradient()
+        self._refresh()
+
+    def export(self) -> dict[str, Tensor]:
+        """The whole adapter on rank 0 in fp32, by PEFT's names; elsewhere {}. Every rank must call it."""
+        return self._export(self._join(self._master.detach()))
+
+    def export_moments(self) -> dict[str, Tensor]:
+        """As `export`, AdamW's state: `<name>.<moment>`; {} before the first step."""
+        state = self._optimizer.state.get(self._master)
+        if not state:
+            return {}
+        *tensors, step = MOMENTS
+        moments = {
+            f"{name}.{moment}": tensor
+            for moment in tensors
+            for name, tensor in self._export(self._join(state[moment])).items()
+        }
+        names = self.shapes if self._groups.rank == 0 else ()
+        return moments | {f"{name}.{step}": state[step].clone() for name in names}
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Take this rank's share of an adapter given whole (names of other stages are passed over)."""
+        self.discard_gradient()
+        self._master.copy_(self._slice(self._import(weights)))
+        self._optimizer.state.clear()
+        *tensors, step = MOMENTS
+        if moments:
+            state = {
+                moment: self._slice(
+                    self._import({name: moments[f"{name}.{moment}"] for name, _ in self._shapes()})
+                ).clone()
+                for moment in tensors
+            }
+            steps = next(value for name, value in moments.items() if name.endswith(f".{step}"))
+            self._optimizer.state[self._master] = state | {step: steps.to(self._master.device)}
+        self._refresh()
+
+    def _layer_weights(self, slot: _Slot) -> LoraWeights:
+        return LoraWeights(
+            a=self._weights[slot.a].view(slot.a_shape),
+            scaled_b=self._weights[slot.b].view(slot.b_shape),
+            a_gradient=self._gradient[slot.a].view(slot.a_shape),
+            b_gradient=self._gradient[slot.b].view(slot.b_shape),
+        )
+
+    def _refresh(self) -> None:
+        """The weights that the layers compute with, from the fp32 ones; B times s in fp32, as an engine gets it."""
+        whole = self._join(self._master.detach())
+        if self._groups.dp_size == 1:
+            whole = whole.clone()
+        for b in self._b_slices:
+            whole[b].mul_(self._scale)
+        self._weights.copy_(whole)
+        self._copy()
+
+    def _copy(self) -> None:
+        """What layers keep beside their own weights."""
+        if self._copies:
+            targets, sources = zip(*self._copies, strict=True)
+            torch._foreach_copy_(targets, sources)
+
+    def _slice(self, flat: Tensor) -> Tensor:
+        """[n] -> this data-parallel rank's part."""
+        return flat.chunk(self._groups.dp_size)[self._groups.dp_rank]
+
+    def _join(self, part: Tensor) -> Tensor:
+        """A data-parallel rank's part -> [n]"""
+        if self._groups.dp_size == 1:
+            return part
+        flat = part.new_empty(self._n)
+        dist.all_gather_into_tensor(flat, part.contiguous(), group=self._groups.dp)
+        return flat
+
+    def _own_entries(self) -> Tensor | None:
+        """[n] false where a row of B belongs to no projection, or to one that has another A; None where there is none."""
+        mask = torch.ones(self._n, device=self._groups.device, dtype=torch.bool)
+        for slot in self._slots:
+            b = mask[slot.b].view(slot.b_shape)
+            b.fill_(False)
+            for projection, columns in self._columns(slot):
+                b[slice(None) if projection.rows is None else projection.rows, columns] = True
+        return None if bool(mask.all()) else mask
+
+    def _columns(self, slot: _Slot) -> Iterator[tuple[Projection, slice]]:
+        rank = self.lora.rank
+        for index, projection in enumerate(slot.projections):
+            yield projection, slice(index * rank, (index + 1) * rank)
+
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Of this stage's part, over all tensor-parallel ranks."""
+        tp = self._groups.tp_size
+        for slot in self._slots:
+            (_, num_inputs), (num_outputs, _) = slot.a_shape, slot.b_shape
+            for projection in slot.projections:
+                rows = num_outputs if projection.rows is None else len(projection.rows)
+                is_column = slot.layer.is_column
+                yield f"{projection.name}.lora_A.weight", (self.lora.rank, num_inputs * (1 if is_column else tp))
+                yield f"{projection.name}.lora_B.weight", (rows * (tp if is_column else 1), self.lora.rank)
+
+    def _export(self, flat: Tensor) -> dict[str, Tensor]:
+        """[n] of every rank -> all of it by PEFT's names on rank 0."""
+        groups = self._groups
+        flats = [flat]
+        if groups.tp_size > 1:
+            flats = list(flat.new_empty(groups.tp_size, self._n).unbind())
+            dist.all_gather(flats, flat, group=groups.tp)
+        mine = dict(self._name(flats)) if groups.tp_rank == 0 and groups.dp_rank == 0 else {}
+        if groups.pp_size == 1 or not mine:
+            return mine if groups.rank == 0 else {}
+        if groups.pp_rank > 0:
+            dist.send(torch.cat([tensor.flatten() for tensor in mine.values()]), groups.first_stage, group=groups.pp)
+            return {}
+        for stage in range(1, groups.pp_size):
+            shapes = self._shapes_of_stages[stage]
+            sizes = [math.prod(shape) for shape in shapes.values()]
+            received = flat.new_empty(sum(sizes))
+            dist.recv(received, dist.get_global_rank(groups.pp, stage), group=groups.pp)
+            for (name, shape), part in zip(shapes.items(), received.split(sizes), strict=True):
+                mine[name] = part.view(shape)
+        return mine
+
+    def _name(self, flats: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """[n] of each tensor-parallel rank -> this stage's tensors, in the order of `_shapes`."""
+        for slot in self._slots:
+            a_parts = [flat[slot.a].view(slot.a_shape) for flat in flats]
+            b_parts = [flat[slot.b].view(slot.b_shape) for flat in flats]
+            is_column = slot.layer.is_column
+            a = a_parts[0] if is_column else torch.cat(a_parts, dim=1)
+            for projection, columns in self._columns(slot):
+                b = [part[:, columns] for part in (b_parts if is_column else b_parts[:1])]
+                if projection.rows is not None:
+                    b = [part.index_select(0, projection.rows) for part in b]
+                yield f"{projection.name}.lora_A.weight", a[columns]
+                yield f"{projection.name}.lora_B.weight", b[0] if len(b) == 1 else torch.cat(b)
+
+    def _import(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tensors by PEFT's names, whole -> [n]"""
+        flat = torch.zeros_like(self._gradient)
+        tp, rank = self._groups.tp_size, self._groups.tp_rank
+        for slot in self._slots:
+            a, b = flat[slot.a].view(slot.a_shape), flat[slot.b].view(slot.b_shape)
+            for projection, columns in self._columns(slot):
+                whole_a = tensors[f"{projection.name}.lora_A.weight"]
+                whole_b = tensors[f"{projection.name}.lora_B.weight"]
+                if slot.layer.is_column:
+                    whole_b = whole_b.chunk(tp)[rank]
+                else:
+                    whole_a = whole_a.chunk(tp, dim=1)[rank]
+                a[columns] = whole_a.to(flat)
+                b[slice(None) if projection.rows is None else projection.rows, columns] = whole_b.to(flat)
+        return flat
+
+
+def _lay_out(
+    lora: LoraConfig, layers: Sequence[AdaptableLayer], tp_size: int
+) -> tuple[list[_Slot], int, list[slice], int]:
+    """-> slots, number of whole parameters, where the B are, number of parameters."""
+    wanted = [
+        (adaptable.layer, projections)
+        for adaptable in layers
+        if (projections := tuple(p for p in adaptable.projections if p.target in lora.targets))
+    ]
+    shapes = {}
+    for index, (layer, projections) in enumerate(wanted):
+        num_outputs, num_inputs = layer.weight.shape
+        stacked = lora.rank * len(projections)
+        shapes[index, "a"], shapes[index, "b"] = (stacked, num_inputs), (num_outputs, stacked)
+    regions: dict[tuple[bool, str], list[tuple[int, str]]] = {
+        (whole, kind): [] for whole, kind in itertools.product((True, False), "ab")
+    }
+    for index, kind in shapes:
+        whole = tp_size > 1 and (kind == "a") == wanted[index][0].is_column
+        regions[whole, kind].append((index, kind))
+    places: dict[tuple[int, str], slice] = {}
+    b_slices, num_whole, end = [], 0, 0
+    for (whole, kind), keys in regions.items():
+        start = end
+        for key in keys:
+            places[key] = slice(end, end + math.prod(shapes[key]))
+            end = places[key].stop
+        if kind == "b":
+            b_slices.append(slice(start, end))
+        if whole:
+            num_whole = end
+    slots = [
+        _Slot(layer, projections, places[i, "a"], places[i, "b"], shapes[i, "a"], shapes[i, "b"])
+        for i, (layer, projections) in enumerate(wanted)
+    ]
+    return slots, num_whole, b_slices, end

@@ -1,0 +1,143 @@
+"""CUDA graphs of all layers, forward and backward: for models whose kernels are shorter than it takes to launch them.
+
+A graph replays the same kernels on the same memory, so a microbatch is copied into buffers with room for it, and filled up
+with segments that nothing reads. The head and the loss stay outside: their tokens vary most, and they are few kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from rlloop.batching import Microbatch
+from rlloop.config import MegatronSettings
+from rlloop.trainer.flash import FlashLayout, count_keys, ends, index_keys
+from rlloop.trainer.megatron.adapter import Adapter
+from rlloop.trainer.megatron.layer import Row, run_body
+from rlloop.trainer.megatron.lora import LoraLinear
+from rlloop.trainer.megatron.model import Model
+from rlloop.trainer.megatron.parallel import Groups
+from rlloop.trainer.megatron.room import Room, fill, needed_room, padded
+
+_LEAST_FILL = 0.75
+"""A microbatch with fewer of the room's tokens runs without a graph: filling it up would cost more."""
+_LARGEST_LAUNCH_BOUND = 10**9
+"""Weights of a model that is faster with graphs (SmolLM2-135M: 1.4x); Qwen2.5-1.5B gains 1 %, Llama-3-8B nothing."""
+
+
+def wants_graphs(settings: MegatronSettings, groups: Groups, model: Model, dtype: torch.dtype) -> bool:
+    """Whether to use them: on a GPU, in half precision, where one rank holds the whole model."""
+    if groups.device.type != "cuda" or dtype == torch.float32 or groups.tp_size * groups.pp_size > 1:
+        return False
+    return settings.cuda_graphs == "on" or (
+        settings.cuda_graphs == "auto" and model.num_weights < _LARGEST_LAUNCH_BOUND
+    )
+
+
+class Graphs:
+    """Of one chunk that is the whole model, one for each adapter. `num_tokens`: room for that many tokens."""
+
+    def __init__(self, chunk: Any, num_tokens: int, device: torch.device) -> None:
+        self._chunk = chunk
+        self._device = device
+        self._room = Room(num_tokens, 16, 0, 64)
+        self._graphs: WeakKeyDictionary[Adapter, _Graph] = WeakKeyDictionary()
+
+    def run(self, microbatch: Microbatch, adapter: Adapter) -> Tensor | None:
+        """-> hidden states [room, 1, C], the first T of them the microbatch's; None when it does not fill the room.
+
+        The next call overwrites them, so finish the backward pass before.
+        """
+        num_tokens = len(microbatch.tokens)
+        if not _LEAST_FILL * self._room.num_tokens <= num_tokens <= self._room.num_tokens:
+            return None
+        needed = needed_room(microbatch, self._room.num_tokens)
+        grown = self._room.grown(needed)
+        if grown != self._room:
+            self._room = grown
+            self._graphs.clear()
+        graph = self._graphs.get(adapter)
+        if graph is None or graph.weights_moved != LoraLinear.weights_moved:
+            graph = self._graphs[adapter] = _Graph(self._chunk, self._room, self._device, microbatch)
+        return graph(microbatch)
+
+
+class _Graph:
+    def __init__(self, chunk: Any, room: Room, device: torch.device, example: Microbatch) -> None:
+        self._room = room
+        self.weights_moved = LoraLinear.weights_moved
+        self._tokens = torch.zeros(room.num_tokens, dtype=torch.long, device=device)
+        self._positions = torch.zeros_like(self._tokens)
+        self._layout = FlashLayout(
+            query_ends=torch.zeros(room.num_segments + 1, dtype=torch.int32, device=device),
+            key_ends=torch.zeros(room.num_segments + 1, dtype=torch.int32, device=device),
+            key_index=torch.zeros(room.num_keys, dtype=torch.long, device=device) if room.num_keys else None,
+            longest=room.longest,
+        )
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+
+        def forward() -> Tensor:
+            return run_body(chunk, self._tokens, Row(self._layout, self._positions, room.longest))
+
+        self._load(example)
+        with torch.enable_grad():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compiles; its gradient of zero adds nothing to the adapter's
+                for _ in range(2):
+                    hidden = forward()
+                    hidden.backward(torch.zeros_like(hidden))
+            torch.cuda.current_stream().wait_stream(stream)
+            self._d_hidden = torch.zeros_like(hidden)
+            pool = torch.cuda.graph_pool_handle()
+            self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._forward, pool=pool):
+                self._hidden = forward()
+            with torch.cuda.graph(self._backward, pool=pool):
+                self._hidden.backward(self._d_hidden)
+        self._hidden = self._hidden.detach()
+
+    def __call__(self, microbatch: Microbatch) -> Tensor:
+        """See `Graphs.run`."""
+        self._load(microbatch)
+        hidden: Tensor = _Replay.apply(self._anchor, self)
+        return hidden
+
+    def _load(self, microbatch: Microbatch) -> None:
+        full = fill(microbatch, self._room)
+        layout = self._layout
+        contents = [
+            (self._tokens, full.tokens),
+            (self._positions, full.positions),
+            (layout.query_ends, ends(full.segment_lengths)),
+            (layout.key_ends, ends(count_keys(full))),
+        ]
+        if layout.key_index is not None:
+            contents.append((layout.key_index, padded(index_keys(full), self._room.num_keys)))
+        for buffer, array in contents:
+            buffer.copy_(torch.from_numpy(array).pin_memory(), non_blocking=True)
+
+    def replay_forward(self) -> Tensor:
+        """-> the buffer of hidden states."""
+        self._forward.replay()
+        return self._hidden.detach()  # an alias: autograd marks what a function returns
+
+    def replay_backward(self, d_hidden: Tensor) -> None:
+        """Adds to the adapter's gradient."""
+        self._d_hidden.copy_(d_hidden)
+        self._backward.replay()
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, graph: _Graph) -> Tensor:
+        ctx.graph = graph
+        return graph.replay_forward()
+
+    @staticmethod
+    def backward(ctx: Any, d_hidden: Tensor) -> tuple[None, None]:
+        ctx.graph.replay_backward(d_hidden)
+        return None, None

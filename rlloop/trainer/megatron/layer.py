@@ -1,0 +1,229 @@
+"""Megatron's transformer layer for packed rows: its modules and parameters, fewer and larger kernels.
+
+`FastLayer` computes dense layers with RMSNorm, SwiGLU and rotary embeddings (Llama, Qwen2, Qwen3, Mistral). Its modules are
+Megatron's, so loading, exporting, sharding and pipelines do not notice it; only `forward` differs. What lies between two
+matrix products is one small function, compiled once for all layers on a GPU; the products and their adapters are one
+autograd function (`lora`); rotary angles come per token, once for all layers; attention is one call.
+
+Models that it does not fit keep Megatron's layer, with the same linear layers, attention and angles (`model`).
+
+Shapes: T tokens of the row (T / ranks of them between layers under sequence parallelism), C hidden size, F intermediate
+size, H / K query / key-value heads of this rank, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlloop.errors import TrainerError
+from rlloop.trainer.attention import PackedLayout
+from rlloop.trainer.flash import FlashLayout
+from rlloop.trainer.megatron import compat  # noqa: F401  (before anything under megatron)
+
+from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
+from megatron.core.transformer.module import MegatronModule  # isort: skip
+from megatron.core.transformer.transformer_layer import TransformerLayer  # isort: skip
+from megatron.core.utils import make_viewless_tensor  # isort: skip
+
+
+class Row(PackedSeqParams):
+    """A packed microbatch as Megatron hands it down to its layers."""
+
+    def __init__(self, layout: PackedLayout | FlashLayout, positions: Tensor, num_positions: int) -> None:
+        # Megatron's own rotary code takes the row for one sequence, whose angles `rotate_by_token` has put in order. On
+        # the CPU, for it reads the ends back.
+        ends = torch.tensor([0, len(positions)], dtype=torch.int32)
+        super().__init__(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            cu_seqlens_q_padded=ends,
+            cu_seqlens_kv_padded=ends,
+            max_seqlen_q=num_positions,
+            max_seqlen_kv=num_positions,
+        )
+        self.layout = layout
+        self.positions = positions
+        self.rotation: tuple[Tensor, Tensor] | None = None
+        """cos and sin [T, D / 2] of each token, once a layer has asked for them."""
+
+
+class PackedAttention(MegatronModule):
+    """Core attention: query [T, H, D], key and value [T, K, D] -> [T, H * D]."""
+
+    def __init__(self, config: Any, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.window = None if config.window_size is None else config.window_size[0]
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, packed_seq_params: Row, **kwargs: Any
+    ) -> Tensor:
+        """The other arguments (masks) say what the row's layout says already.
+
+        Raises TrainerError for a sliding window shorter than the row.
+        """
+        if self.window is not None and self.window < len(query):
+            raise TrainerError(
+                f"the model has a sliding window of {self.window} tokens; packed attention supports it only for microbatches "
+                f"that are shorter, got {len(query)}: lower trainer.max_tokens_per_microbatch"
+            )
+        return packed_seq_params.layout.attend(query, key, value, self.scale).flatten(1)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang & Sennrich 2019). Megatron's refuses sequence parallelism without Transformer Engine."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]"""
+        return _segment(norm, x)(x, self.weight, self.eps)
+
+
+def rotate_by_token(rotary: nn.Module) -> None:
+    """Make a rotary embedding return the angles of each token of the row, not those of positions 0, 1, ... .
+
+    Megatron's own way to packed rows is some 97 operations for each sequence, layer and tensor, and it waits for the device.
+    """
+
+    def pick(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        positions = module.row_positions
+        if isinstance(output, tuple):  # YaRN: angles and a scale
+            return output[0][positions], *output[1:]
+        return output[positions]
+
+    rotary.register_forward_hook(pick)
+
+
+def run_body(chunk: Any, tokens: Tensor, row: Row) -> Tensor:
+    """All of a chunk but the head: -> hidden states [T, 1, C]."""
+    chunk.rotary_pos_emb.row_positions = row.positions
+    hidden: Tensor = chunk(
+        input_ids=tokens[None],
+        position_ids=row.positions[None],
+        attention_mask=None,
+        packed_seq_params=row,
+        output_processor=lambda hidden_states, **others: hidden_states,
+    )
+    return hidden
+
+
+class FastLayer(TransformerLayer):
+    """See the module."""
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor, packed_seq_params: Row, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """[T, 1, C] -> [T, 1, C]; the other arguments are for other kinds of model."""
+        attention, mlp, row = self.self_attention, self.mlp, packed_seq_params
+        if row.rotation is None:
+            angles = rotary_pos_emb[:, 0, 0, : rotary_pos_emb.shape[-1] // 2]
+            row.rotation = angles.cos(), angles.sin()
+        eps = self.config.layernorm_epsilon
+        x = hidden_states[:, 0]
+        fused = attention.linear_qkv.product(_segment(norm, x)(x, self.input_layernorm.weight, eps))
+        query, key, value = _segment(split_and_rotate, x)(
+            fused,
+            *row.rotation,
+            attention.num_query_groups_per_partition,
+            self.config.kv_channels,
+            getattr(attention.q_layernorm, "weight", None),
+            getattr(attention.k_layernorm, "weight", None),
+            eps,
+        )
+        attended = attention.core_attention(query, key, value, packed_seq_params=row)
+        x, normed = _segment(add_norm, x)(
+            x, attention.linear_proj.product(attended), self.pre_mlp_layernorm.weight, eps
+        )
+        x = x + mlp.linear_fc2.product(_SwiGLU.apply(mlp.linear_fc1.product(normed)))
+        # A pipeline stage frees what it has sent, which Megatron refuses to do to a view.
+        out = make_viewless_tensor(inp=x[:, None], requires_grad=x.requires_grad, keep_graph=True)
+        return out, None
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last dimension, in fp32."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, and its norm."""
+    total = x + y
+    return total, norm(total, weight, eps)
+
+
+def split_and_rotate(
+    fused: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_groups: int,
+    head_size: int,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Megatron's [T, K * (H / K + 2) * D], by group, -> query [T, H, D], key and value [T, K, D]."""
+    grouped = fused.view(len(fused), num_groups, -1, head_size)
+    query, key, value = grouped[:, :, :-2].flatten(1, 2), grouped[:, :, -2], grouped[:, :, -1]
+    if query_weight is not None and key_weight is not None:
+        query, key = norm(query, query_weight, eps), norm(key, key_weight, eps)
+    return _rotate(query, cos, sin), _rotate(key, cos, sin), value.contiguous()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021) of [T, heads, D] by [T, half of what is rotated], the rest untouched."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]
+    first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+    return torch.cat([(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype), rest], dim=-1)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """[T, 2F], gate and up, -> [T, F] (Shazeer 2020)."""
+    gate, up = x.chunk(2, dim=-1)
+    return (F.silu(gate.float()) * up).to(x.dtype)
+
+
+def swiglu_backward(dy: Tensor, x: Tensor, dx: Tensor) -> None:
+    """Into dx: joining its halves with `cat` would compile to a kernel that loads each operand for both of them."""
+    gate, up = x.float().chunk(2, dim=-1)
+    wide = dy.float()
+    d_gate, d_up = dx.chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    d_gate.copy_(wide * up * sigmoid * (1 + gate * (1 - sigmoid)))
+    d_up.copy_(wide * gate * sigmoid)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _segment(swiglu, x)(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        _segment(swiglu_backward, x)(dy, x, dx)
+        return dx
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+def _segment(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    """Compiled on a GPU; on a CPU as it is, where compiling takes longer than it saves."""
+    return _compiled(function) if x.is_cuda else function

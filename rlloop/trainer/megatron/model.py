@@ -1,0 +1,281 @@
+"""From a Hugging Face name and the parallel sizes to a Megatron model whose linear layers take LoRA adapters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlloop.config import MegatronSettings
+from rlloop.errors import TrainerError
+from rlloop.trainer.megatron import compat  # noqa: F401  (before anything under megatron)
+from rlloop.trainer.megatron.adapter import AdaptableLayer, Projection
+from rlloop.trainer.megatron.layer import FastLayer, PackedAttention, RMSNorm, rotate_by_token
+from rlloop.trainer.megatron.lora import LoraColumnLinear, LoraLinear, LoraRowLinear
+from rlloop.trainer.megatron.parallel import Groups
+
+from megatron.bridge import AutoBridge  # isort: skip
+from megatron.bridge.models.conversion.param_mapping import AutoMapping, GatedMLPMapping, QKVMapping  # isort: skip
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # isort: skip
+from megatron.core.models.backends import LocalSpecProvider  # isort: skip
+from megatron.core.models.gpt.gpt_model import GPTModel  # isort: skip
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend  # isort: skip
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear  # isort: skip
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # isort: skip
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType  # isort: skip
+from megatron.core.transformer.identity_op import IdentityOp  # isort: skip
+from megatron.core.transformer.spec_utils import ModuleSpec  # isort: skip
+from megatron.core.transformer.transformer_block import (  # isort: skip
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # isort: skip
+from megatron.core.utils import get_attr_wrapped_model  # isort: skip
+
+_log = logging.getLogger(__name__)
+
+for _class, _cut in ((LoraColumnLinear, "column"), (LoraRowLinear, "row"), (RMSNorm, "replicated")):
+    AutoMapping.register_module_type(_class.__name__, _cut)  # how the bridge cuts a weight that it loads
+
+
+@dataclass(frozen=True)
+class Model:
+    """This rank's part of the model: one chunk, or several of an interleaved pipeline."""
+
+    bridge: Any
+    chunks: list[Any]
+    config: Any
+    layers: tuple[AdaptableLayer, ...]
+    num_weights: int
+    """Entries of its linear layers, embedding and head excluded."""
+    head: Tensor | None
+    """[vocabulary / tensor-parallel ranks, C], on the last stage."""
+
+    @property
+    def targets(self) -> set[str]:
+        """What an adapter can be put on."""
+        return {projection.target for layer in self.layers for projection in layer.projections}
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """The base weights by Hugging Face names, whole on every rank, one at a time. Every rank must exhaust it."""
+        yield from self.bridge.export_hf_weights(self.chunks, show_progress=False)
+
+
+def build_model(
+    source: str, settings: MegatronSettings, groups: Groups, dtype: torch.dtype, *, recompute: bool = False
+) -> Model:
+    """Load a folder in transformers' format; `recompute`: activations are computed again in the backward pass.
+
+    Raises TrainerError for a model that this trainer would compute wrongly.
+    """
+    bridge = AutoBridge.from_hf_pretrained(source)
+    provider = bridge.to_megatron_provider(load_weights=True)
+    overrides = {
+        "tensor_model_parallel_size": groups.tp_size,
+        "pipeline_model_parallel_size": groups.pp_size,
+        "virtual_pipeline_model_parallel_size": settings.virtual_stages if settings.virtual_stages > 1 else None,
+        # Interleaved stages of varying lengths: otherwise shapes of different microbatches meet.
+        "overlap_p2p_comm": settings.virtual_stages > 1,
+        "batch_p2p_comm": settings.virtual_stages == 1,
+        "sequence_parallel": settings.sequence_parallel,
+        "transformer_layer_spec": _block_spec,
+        "attention_backend": AttnBackend.auto,  # any other puts a core attention of Megatron's in place of ours
+        "pipeline_dtype": dtype,
+        "variable_seq_lengths": True,  # microbatches have lengths of their own: stages tell each other the shapes
+        "moe_token_dispatcher_type": "alltoall",  # the default refuses variable_seq_lengths, even of dense models
+        "calculate_per_token_loss": True,  # leaves the caller's loss as it is: no division by microbatches
+        "hidden_dropout": 0.0,  # the policy that learns is the one that sampled
+        "attention_dropout": 0.0,
+        # Kernels of Apex or Transformer Engine, or what FastLayer compiles itself:
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "moe_permute_fusion": False,
+        "moe_grouped_gemm": False,
+    }
+    if recompute:
+        overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    provider.apply_overrides_and_finalize(dtype=dtype, overrides=overrides)
+    provider.register_pre_wrap_hook(_freeze)
+    chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=groups.device.type == "cpu")
+    for chunk in chunks:
+        rotate_by_token(get_attr_wrapped_model(chunk, "rotary_pos_emb"))
+        chunk.train()
+    _check(bridge, chunks, provider, groups)
+    layers = tuple(_adaptable_layers(bridge, chunks, provider))
+    last = get_attr_wrapped_model(chunks[-1], "decoder", return_model_obj=True)
+    head = None
+    if last.post_process:
+        tied = last.share_embeddings_and_output_weights
+        head = (last.shared_embedding_or_output_weight() if tied else last.output_layer.weight).detach()
+    return Model(
+        bridge=bridge,
+        chunks=chunks,
+        config=provider,
+        layers=layers,
+        num_weights=sum(adaptable.layer.weight.numel() for adaptable in layers),
+        head=head,
+    )
+
+
+def _check(bridge: Any, chunks: list[Any], config: Any, groups: Groups) -> None:
+    """Refuse what the model has and the layers here would pass over."""
+    inner = [get_attr_wrapped_model(chunk, "decoder", return_model_obj=True) for chunk in chunks]
+    head = getattr(inner[-1], "output_layer", None)
+    unsupported = {
+        f"a model class of its own ({type(inner[0]).__name__})": type(inner[0]) is not GPTModel,
+        f"a head of its own ({type(head).__name__})": head is not None and type(head) is not ColumnParallelLinear,
+        "norms whose weights count from zero": config.layernorm_zero_centered_gamma,
+        "softcapped attention": bool(getattr(config, "attn_logit_softcapping", None)),
+        "attention sinks": config.softmax_type != "vanilla",
+        "scaled logits": config.use_mup,
+        "clipped queries and keys": config.qk_clip,
+    }
+    found = [feature for feature, applies in unsupported.items() if applies]
+    tasks = [
+        task for task in bridge._model_bridge.build_conversion_tasks(bridge.hf_pretrained, chunks) if task is not None
+    ]
+    names = {
+        name for part in groups.gather({name for task in tasks for name in _hf_names(task.mapping)}) for name in part
+    }
+    saved = {name for name in bridge.hf_pretrained.state.source.get_all_keys() if not name.endswith(".inv_freq")}
+    if config.share_embeddings_and_output_weights:
+        saved.discard("lm_head.weight")
+    if left_over := sorted(saved - names):
+        found.append(f"weights that Megatron's layers have no place for ({len(left_over)}, such as {left_over[0]})")
+    if found:
+        raise TrainerError(f"the megatron trainer does not support {found[0]}; use --trainer.kind peft")
+
+
+def _hf_names(mapping: Any) -> Iterable[str]:
+    return (mapping.hf_param,) if isinstance(mapping.hf_param, str) else mapping.hf_param.values()
+
+
+def _freeze(chunks: list[Any]) -> list[Any]:
+    """The base is frozen. The gradient reaches the first layer's adapter through the embedding's output."""
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        embedding = getattr(chunk, "embedding", None)
+        if embedding is not None:
+            embedding.register_forward_hook(
+                lambda module, arguments, output: output.requires_grad_(torch.is_grad_enabled())
+            )
+    return chunks
+
+
+class _Spec(LocalSpecProvider):
+    """Which module stands for what; routed experts keep Megatron's own."""
+
+    def column_parallel_linear(self) -> type:
+        return LoraColumnLinear
+
+    def row_parallel_linear(self) -> type:
+        return LoraRowLinear
+
+    def core_attention(self) -> type:
+        return PackedAttention
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
+        return RMSNorm if rms_norm else super().layer_norm(rms_norm, for_qk, has_residual)
+
+
+def _block_spec(config: Any, vp_stage: int | None = None) -> ModuleSpec:
+    """The layers of one chunk."""
+    layers = [_layer_spec(config)] * get_num_layers_to_build(config, vp_stage)
+    norm = _Spec().layer_norm(rms_norm=config.normalization == "RMSNorm")
+    return ModuleSpec(TransformerBlock, submodules=TransformerBlockSubmodules(layers, norm))
+
+
+def _layer_spec(config: Any) -> ModuleSpec:
+    if config.multi_latent_attention:
+        raise TrainerError("the megatron trainer does not support multi-latent attention; use --trainer.kind peft")
+    spec = _Spec()
+    norm = spec.layer_norm(rms_norm=config.normalization == "RMSNorm")
+    head_norm = norm if config.qk_layernorm else IdentityOp
+    reason = _not_fast(config)
+    if reason:
+        _log.warning(
+            "training with Megatron's own transformer layer, which is slower, because the model has %s", reason
+        )
+    return ModuleSpec(
+        module=TransformerLayer if reason else FastLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=spec.column_parallel_linear(),
+                    core_attention=spec.core_attention(),
+                    linear_proj=spec.row_parallel_linear(),
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=get_mlp_module_spec_for_backend(backend=spec, num_experts=config.num_moe_experts),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _not_fast(config: Any) -> str | None:
+    """Why FastLayer does not compute what this model does; None when it does."""
+    reasons = {
+        f"{config.normalization} in place of RMSNorm": config.normalization != "RMSNorm",
+        "no gated linear unit": not config.gated_linear_unit,
+        "an activation other than SiLU": config.activation_func is not torch.nn.functional.silu,
+        "experts": bool(config.num_moe_experts),
+        "interleaved rotary embeddings": config.rotary_interleaved,
+        "no rotary embeddings": getattr(config, "position_embedding_type", "rope") != "rope",
+        "layers without rotary embeddings": bool(getattr(config, "no_rope_freq", None)),
+        "an output gate in attention": getattr(config, "attention_output_gate", False),
+        "a multiplier of residuals": getattr(config, "use_mup", False),
+        "a clamped activation": getattr(config, "activation_func_clamp_value", None) is not None,
+        "residuals in fp32": config.fp32_residual_connection,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _adaptable_layers(bridge: Any, chunks: list[Any], config: Any) -> Iterator[AdaptableLayer]:
+    """This rank's linear layers in the model's order, with the Hugging Face layers that each one holds."""
+    registry = bridge._model_bridge.mapping_registry()
+    for chunk in chunks:
+        decoder = get_attr_wrapped_model(chunk, "decoder")
+        for layer in decoder.layers:
+            for name, module in layer.named_modules():
+                if isinstance(module, LoraLinear):
+                    mapping = registry.megatron_to_hf_lookup(f"decoder.layers.{layer.layer_number - 1}.{name}.weight")
+                    yield AdaptableLayer(module, _projections(mapping, module, config))
+
+
+def _projections(mapping: Any, module: LoraLinear, config: Any) -> tuple[Projection, ...]:
+    device, num_rows = module.weight.device, len(module.weight)
+    make = partial(_projection, device=device)
+    if isinstance(mapping, QKVMapping) and not config.attention_output_gate:
+        rows = torch.arange(num_rows).view(
+            -1, config.num_attention_heads // config.num_query_groups + 2, config.kv_channels
+        )
+        parts = {"q": rows[:, :-2], "k": rows[:, -2], "v": rows[:, -1]}
+        return tuple(make(mapping.hf_param[key], part) for key, part in parts.items())
+    if isinstance(mapping, GatedMLPMapping):
+        gate, up = torch.arange(num_rows).chunk(2)
+        return make(mapping.hf_param["gate"], gate), make(mapping.hf_param["up"], up)
+    if isinstance(mapping, AutoMapping) and isinstance(mapping.hf_param, str):
+        return (make(mapping.hf_param, None),)
+    return ()
+
+
+def _projection(hf_name: str, rows: Tensor | None, device: torch.device) -> Projection:
+    name = f"base_model.model.{hf_name.removesuffix('.weight')}"
+    return Projection(name, None if rows is None else rows.flatten().to(device))

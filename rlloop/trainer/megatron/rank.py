@@ -1,0 +1,230 @@
+"""One rank of the `megatron` trainer: its part of the model, adapters and optimizers. Runs in the rank's process.
+
+Every rank runs every call; what only some of them know is gathered, and rank 0's answer counts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlloop.batching import Microbatch, pack
+from rlloop.errors import TrainerError
+from rlloop.trainer import Loss, TokenBatch
+from rlloop.trainer.adapter_files import check_targets, peft_config, read_adapter, write_adapter
+from rlloop.trainer.megatron.adapter import Adapter
+from rlloop.trainer.megatron.graph import wants_graphs
+from rlloop.trainer.megatron.model import build_model
+from rlloop.trainer.megatron.parallel import start_groups
+from rlloop.trainer.megatron.schedule import OnLogprobs, Schedule, Work
+from rlloop.trainer.megatron.trace import Trace
+from rlloop.trainer.rank_trainer import RankArguments
+from rlloop.trainer.ranks import Interrupted, RankContext
+from rlloop.trainer.steps import SkippedSteps, measure_peak
+from rlloop.trainer.tokens import Columns, Summary, Totals
+from rlloop.types import AdamConfig, AdapterTicket, FloatArray, LoraConfig, Metrics, OptimResult, Sample
+
+
+class MegatronRank:
+    """See `MegatronTrainer`, whose methods these are."""
+
+    def __init__(self, context: RankContext, arguments: RankArguments, address: str, events_path: Path | None) -> None:
+        self._context = context
+        self._settings = settings = arguments.settings
+        self._writer = arguments.writer
+        self._folder = arguments.model
+        self._dtype: torch.dtype = getattr(torch, arguments.dtype)
+        parallel = settings.megatron
+        self._groups = start_groups(parallel, context.rank, context.num_ranks, address, arguments.seed)
+        recompute = settings.gradient_checkpointing
+        self._model = build_model(arguments.model, parallel, self._groups, self._dtype, recompute=recompute)
+        use_graphs = wants_graphs(parallel, self._groups, self._model, self._dtype)
+        graph_tokens = settings.max_tokens_per_microbatch if use_graphs else None
+        self._trace = Trace(events_path, context.rank, self._groups.device)
+        self._schedule = Schedule(self._model, self._groups, arguments.temperature, self._trace, graph_tokens)
+        self._adapters: dict[str, Adapter] = {}
+        self._losses_were_finite: dict[str, bool] = {}
+        self._skipped = SkippedSteps(settings.max_nonfinite_steps)
+        self._active: str | None = None
+        num_head = 0 if self._model.head is None else self._model.head.numel()
+        counts = torch.tensor([self._model.num_weights, num_head], device=self._groups.device)
+        torch.distributed.all_reduce(counts, group=self._groups.model)
+        self._num_body, self._num_head = counts.tolist()
+        self._peak_flops = measure_peak(self._groups.device, self._dtype) * context.num_ranks
+
+    def close(self) -> None:
+        """Free what the transport holds."""
+        self._writer.close()
+        self._trace.close()
+
+    def create_adapter(self, name: str, lora: LoraConfig) -> None:
+        """A is drawn by parameter name, so it depends on neither layout nor other adapters."""
+        if name in self._adapters:
+            raise TrainerError(f"adapter {name!r} exists already")
+        check_targets(lora, set().union(*self._groups.gather(self._model.targets)))
+        self._adapters[name] = Adapter(lora, self._model.layers, self._groups, self._dtype)
+        self._losses_were_finite[name] = True
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter and its optimizer."""
+        self._get(name)
+        if self._active == name:
+            self._activate(None)
+        del self._adapters[name], self._losses_were_finite[name]
+
+    def forward_backward(self, name: str, samples: Sequence[Sample], loss: Loss) -> Metrics:
+        """Gradients add up until `optim_step`; an interrupted call discards them."""
+        started = time.perf_counter()
+        adapter = self._get(name)
+        self._activate(name)
+        columns, totals = Columns(samples), Totals()
+
+        def on_logprobs(logprobs: Tensor, entropy: Tensor, work: Work) -> Tensor:
+            tokens = TokenBatch(**work.columns, entropy=entropy)
+            value, metrics = loss(logprobs, tokens)
+            totals.add(value, logprobs, tokens, work.microbatch, metrics)
+            return value
+
+        try:
+            self._run(samples, columns, on_logprobs, backward=True)
+        except torch.OutOfMemoryError as error:
+            adapter.discard_gradient()
+            raise TrainerError(
+                f"lower trainer.max_tokens_per_microbatch: the trainer ran out of memory ({error})"
+            ) from error
+        except Exception:
+            adapter.discard_gradient()
+            raise
+        summary = Summary.merge(self._groups.gather(totals.summary() if self._answers else Summary()))
+        self._losses_were_finite[name] &= summary.is_finite
+        self._trace.flush()
+        seconds = time.perf_counter() - started
+        flops = 4 * (self._num_body * summary.num_computed_tokens + self._num_head * summary.num_tokens)
+        return summary.metrics() | {
+            "forward_backward_seconds": seconds,
+            "mfu": flops / seconds / self._peak_flops,
+            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
+        }
+
+    def optim_step(self, name: str, adam: AdamConfig) -> OptimResult:
+        """AdamW in fp32. A skipped step leaves weights and moments bit for bit as they were."""
+        adapter = self._get(name)
+        with self._trace.span("reduce_gradient"):
+            grad_norm = adapter.reduce_gradient() if self._losses_were_finite[name] else math.nan
+        skipped = not math.isfinite(grad_norm)
+        with self._trace.span("optimizer"):
+            if skipped:
+                adapter.discard_gradient()
+            else:
+                adapter.step(adam, grad_norm)
+        self._losses_were_finite[name] = True
+        self._skipped.count(name, skipped)
+        return OptimResult(grad_norm=grad_norm, skipped=skipped)
+
+    @torch.no_grad()
+    def logprobs(self, name: str | None, samples: Sequence[Sample]) -> list[FloatArray]:
+        """In microbatches, like training."""
+        self._activate(name)
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+
+        def on_logprobs(logprobs: Tensor, entropy: Tensor, work: Work) -> None:
+            found.append((work.microbatch.loss_index, logprobs.cpu().numpy()))
+
+        self._run(samples, Columns(samples), on_logprobs, backward=False)
+        self._trace.flush()
+        flat = np.zeros(sum(len(sample.tokens) for sample in samples), dtype=np.float32)
+        for part in self._groups.gather(found if self._answers else []):
+            for index, logprobs in part:
+                flat[index] = logprobs
+        return np.split(flat, np.cumsum([len(sample.tokens) for sample in samples]))[:-1]
+
+    def export_adapter(self, name: str) -> AdapterTicket | None:
+        """The transport scales B and casts."""
+        adapter = self._get(name)
+        tensors = adapter.export()
+        if self._groups.rank != 0:
+            return None
+        return self._writer.write(tensors, adapter.lora.alpha / adapter.lora.rank)
+
+    @torch.no_grad()
+    def export_weights(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The model with the adapter merged, W + s B A, by Hugging Face names, whole, on rank 0; every rank must exhaust it."""
+        adapter = self._get(name)
+        scale, lora = adapter.lora.alpha / adapter.lora.rank, adapter.export()
+        for hf_name, weight in self._model.export():
+            prefix = f"base_model.model.{hf_name.removesuffix('.weight')}"
+            if (a := lora.get(f"{prefix}.lora_A.weight")) is not None:
+                b = lora[f"{prefix}.lora_B.weight"]
+                weight = torch.addmm(weight.float(), b, a, alpha=scale).to(weight.dtype)
+            yield hf_name, weight
+
+    def save(self, name: str, folder: Path) -> None:
+        """In PEFT's format, whole tensors (see `adapter_files`)."""
+        adapter = self._get(name)
+        weights, moments = adapter.export(), adapter.export_moments()
+        if self._groups.rank == 0:
+            write_adapter(folder, peft_config(adapter.lora, self._folder), weights, moments)
+        torch.distributed.barrier(group=self._groups.control)
+
+    def load(self, name: str, folder: Path) -> None:
+        """What this or another trainer saved, whatever its parallel sizes were."""
+        adapter = self._get(name)
+        weights, moments = read_adapter(folder, name, adapter.shapes)
+        adapter.load(weights, moments)
+
+    @property
+    def _answers(self) -> bool:
+        """Whether this rank has logprobs that no other rank has."""
+        return self._groups.is_last_stage and self._groups.tp_rank == 0
+
+    def _run(self, samples: Sequence[Sample], columns: Columns, on_logprobs: OnLogprobs, *, backward: bool) -> None:
+        if any(self._groups.gather(self._context.is_interrupted)):
+            raise Interrupted("the trainer's call was interrupted")
+        microbatches = pack(samples, self._settings.max_tokens_per_microbatch)
+        # Several ranks would have to agree on where to stop: they go on to the end of the call.
+        check = self._context.check_interrupt if self._context.num_ranks == 1 else _nothing
+        self._schedule.run(
+            _share(microbatches, self._groups.dp_rank, self._groups.dp_size),
+            columns,
+            on_logprobs,
+            adapter=None if self._active is None else self._adapters[self._active],
+            backward=backward,
+            before_each=check,
+        )
+
+    def _get(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            raise TrainerError(f"no adapter is named {name!r}; there are: {', '.join(self._adapters) or 'none'}")
+        return self._adapters[name]
+
+    def _activate(self, name: str | None) -> None:
+        if name == self._active:
+            return
+        if self._active is not None:
+            self._adapters[self._active].deactivate()
+        if name is None:
+            for adaptable in self._model.layers:
+                adaptable.layer.set_lora(None)
+        else:
+            self._get(name).activate(self._model.layers)
+        self._active = name
+
+
+def _nothing() -> None:
+    pass
+
+
+def _share(microbatches: Sequence[Microbatch], index: int, num_shares: int) -> list[Microbatch]:
+    """One copy's microbatches: largest first, each to the copy with the fewest tokens."""
+    shares: list[list[Microbatch]] = [[] for _ in range(num_shares)]
+    loads = [0] * num_shares
+    for microbatch in sorted(microbatches, key=lambda microbatch: -len(microbatch.tokens)):
+        place = loads.index(min(loads))
+        shares[place].append(microbatch)
+        loads[place] += len(microbatch.tokens)
+    return shares[index]

@@ -1,0 +1,53 @@
+"""The megatron trainer in whole runs, with real vLLM."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from rlloop.checkpoint import newest_checkpoint
+from rlloop.models import resolve_model
+from rlloop.tracking.files import read_metrics
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+
+Start = Callable[..., Any]
+
+
+def test_trains_a_real_model(start: Start, tmp_path: Path) -> None:
+    flags = ["--trainer.kind", "megatron", "--num_steps", "3", "--max_staleness", "0", "--dtype", "float32"]
+    run = start(tmp_path / "run", *flags, "--optim.lr", "1e-3", model="SmolLM2-135M-Instruct")
+    run.wait_for_steps(1)
+    assert run.wait(300) == 0, run.text()
+    assert run.left_behind() == []
+    steps = read_metrics(tmp_path / "run")
+    assert len(steps) == 3
+    for step in steps:  # trainer and engine hold the same weights
+        assert step["policy/sampler_kl_max"] < 1e-6
+        assert step["policy/mismatch_ratio_max"] == pytest.approx(1, abs=1e-3)
+        assert step["optim/grad_norm"] > 0
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    base = AutoModelForCausalLM.from_pretrained(resolve_model("SmolLM2-135M-Instruct"), dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, checkpoint.folder / "adapter")
+    trained = [parameter for name, parameter in adapted.named_parameters() if "lora_B" in name]
+    assert len(trained) == 7 * 30
+    assert all(parameter.any() for parameter in trained)
+
+
+def test_its_ranks_end_with_the_run(start: Start, tmp_path: Path) -> None:
+    flags = ["--trainer.kind", "megatron", "--trainer.megatron.pipeline_parallel", "2", "--num_steps", "1000"]
+    run = start(tmp_path / "run", *flags)
+    run.wait_for_steps(2)
+    assert len([process for process in run.processes if "multiprocessing.spawn" in " ".join(process.cmdline())]) >= 2
+    os.kill(run.popen.pid, signal.SIGKILL)
+    run.wait(20)
+    assert run.left_behind(timeout=20) == []

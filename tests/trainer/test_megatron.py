@@ -1,0 +1,394 @@
+"""The megatron trainer against the peft trainer and against transformers + PEFT, over real ranks with gloo.
+
+Each layout is started once and goes through the whole story (`live`); the tests read what it found.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import peft
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from megatron_ranks import Rank, Writer, infinite, surrogate
+from rlloop.config import MegatronSettings, TrainerSettings
+from rlloop.errors import ConfigError, TrainerError
+from rlloop.events import Events
+from rlloop.tracking import jsonl
+from rlloop.trainer.megatron import MegatronTrainer
+from rlloop.trainer.peft import PeftTrainer
+from rlloop.trainer.rank_trainer import RankTrainer
+from rlloop.types import AdamConfig, LoraConfig, Metrics, Sample
+
+pytestmark = pytest.mark.timeout(300)
+
+LORA = LoraConfig(rank=4, alpha=8.0)
+OTHER = LoraConfig(rank=2, alpha=2.0, targets=("q_proj", "down_proj"), seed=5)
+# With the usual eps, a weight whose gradient is rounding noise moves by a whole learning rate.
+ADAM = AdamConfig(lr=3e-3, eps=1e-4, weight_decay=0.1, max_grad_norm=0.5)
+TEMPERATURE = 0.8
+LAYOUTS = {
+    "1x1": MegatronSettings(),
+    "TP2": MegatronSettings(tensor_parallel=2),
+    "PP2": MegatronSettings(pipeline_parallel=2),
+    "DP2": MegatronSettings(data_parallel=2),
+    "TP2xPP2": MegatronSettings(tensor_parallel=2, pipeline_parallel=2),
+    "TP2, sequence parallel": MegatronSettings(tensor_parallel=2, sequence_parallel=True),
+    "PP2, interleaved": MegatronSettings(pipeline_parallel=2, virtual_stages=2),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny models whose heads, layers and vocabulary divide by 2 and 4; biases and norms are random, too."""
+    shape = {
+        "vocab_size": 98,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "initializer_range": 0.1,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    found = {}
+    for name, model_class, config in [
+        ("llama", LlamaForCausalLM, LlamaConfig(**shape, tie_word_embeddings=False)),
+        ("qwen2", Qwen2ForCausalLM, Qwen2Config(**shape, tie_word_embeddings=True)),
+        ("qwen3", Qwen3ForCausalLM, Qwen3Config(**shape, head_dim=16, tie_word_embeddings=True)),
+    ]:
+        torch.manual_seed(0)
+        model = model_class(config)
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.1)
+        found[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(found[name])
+    return found
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    """Groups of 4: prompts of 3 to 12 tokens, completions of 1 to 20."""
+    generator = np.random.default_rng(0)
+    made = []
+    for group in range(4):
+        prompt = generator.integers(2, 98, generator.integers(3, 13))
+        for _ in range(4):
+            completion = generator.integers(2, 98, generator.integers(1, 21))
+            tokens = np.concatenate([prompt, completion]).astype(np.int32)
+            loss_mask = np.arange(len(tokens)) >= len(prompt)
+            draw = generator.normal(size=(2, len(tokens)))
+            made.append(
+                Sample(
+                    tokens=tokens,
+                    loss_mask=loss_mask,
+                    rollout_logprobs=np.where(loss_mask, draw[0] * 0.3 - 4.5, 0).astype(np.float32),
+                    advantages=np.full(len(tokens), draw[1][0], dtype=np.float32),
+                    loss_weights=np.full(len(tokens), 1 / 40, dtype=np.float32),
+                    prompt_id=group,
+                )
+            )
+    return made
+
+
+@dataclass
+class Life:
+    """What a trainer found on its way."""
+
+    losses: list[float]
+    norms: list[float]
+    metrics: Metrics
+    logprobs: NDArray[np.float32]
+    base_logprobs: NDArray[np.float32]
+    weights: dict[str, Tensor]
+    other_losses: list[float]
+    """Of a second adapter, of another rank, on other layers, trained in between."""
+    next_loss: float
+    """Of the step after what was saved."""
+    nonfinite_was_skipped: bool
+
+
+async def live(trainer: RankTrainer, samples: list[Sample], folder: Path, found: list[Life]) -> None:
+    async with trainer:
+        await trainer.create_adapter("policy", LORA)
+        await trainer.create_adapter("other", OTHER)
+        losses, norms, other_losses = [], [], []
+        for _ in range(3):
+            metrics = await trainer.forward_backward("policy", samples, surrogate)
+            other = await trainer.forward_backward("other", samples[:5], surrogate)
+            result = await trainer.optim_step("policy", ADAM)
+            await trainer.optim_step("other", ADAM)
+            losses.append(float(metrics["loss"]))
+            norms.append(result.grad_norm)
+            other_losses.append(float(other["loss"]))
+        logprobs = np.concatenate(await trainer.logprobs("policy", samples))
+        base_logprobs = np.concatenate(await trainer.logprobs(None, samples))
+        weights: Any = await trainer.export_adapter("policy")
+        await trainer.save("policy", folder)
+        await trainer.forward_backward("policy", samples, infinite)
+        skipped = (await trainer.optim_step("policy", ADAM)).skipped
+        await trainer.forward_backward("policy", samples, surrogate)
+        await trainer.optim_step("policy", ADAM)
+        after = await trainer.forward_backward("policy", samples, surrogate)
+        found.append(
+            Life(losses, norms, metrics, logprobs, base_logprobs, weights, other_losses, float(after["loss"]), skipped)
+        )
+
+
+Lives = Callable[[str, str], tuple[Life, Path]]
+
+
+@pytest.fixture(scope="module")
+def lives(folders: dict[str, Path], samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Lives:
+    """(model, layout, or `peft`) -> what it found, and the folder that it saved; each is started once."""
+
+    @cache
+    def get(model: str, layout: str) -> tuple[Life, Path]:
+        folder, found = tmp_path_factory.mktemp("saved"), []
+        events = Events(folder / "events.jsonl")
+        anyio.run(live, make_trainer(folders[model], LAYOUTS.get(layout), events=events), samples, folder, found)
+        events.close()
+        return found[0], folder
+
+    return get
+
+
+def make_trainer(model: Path, layout: MegatronSettings | None, **extra: Any) -> RankTrainer:
+    """Microbatches of 64 tokens, so that there are several."""
+    if layout and torch.cuda.is_available() and torch.cuda.device_count() < layout.num_ranks:
+        pytest.skip(f"{layout.num_ranks} ranks need as many GPUs")
+    settings = TrainerSettings(
+        kind="megatron" if layout else "peft", max_tokens_per_microbatch=64, megatron=layout or MegatronSettings()
+    )
+    make = MegatronTrainer if layout else PeftTrainer
+    return make(
+        str(model),
+        dtype="float32",
+        settings=settings,
+        temperature=TEMPERATURE,
+        writer=Writer(),
+        log_path=model / "log",
+        **extra,
+    )
+
+
+def relative(found: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+CASES = [*(("qwen2", layout) for layout in LAYOUTS), ("llama", "TP2"), ("qwen3", "TP2, sequence parallel")]
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_agrees_with_peft(lives: Lives, model: str, layout: str) -> None:
+    (found, _), (expected, _) = lives(model, layout), lives(model, "peft")
+    assert relative(found.losses, expected.losses) <= 1e-5
+    assert relative(found.norms, expected.norms) <= 1e-5
+    assert relative(found.other_losses, expected.other_losses) <= 1e-5
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found.base_logprobs, expected.base_logprobs, atol=1e-4, rtol=0)
+    assert found.weights.keys() == expected.weights.keys()
+    for name, tensor in expected.weights.items():
+        torch.testing.assert_close(found.weights[name], tensor, atol=1e-5, rtol=0, msg=name)
+    assert found.nonfinite_was_skipped
+    assert relative([found.next_loss], [expected.next_loss]) <= 1e-4
+
+
+@pytest.mark.parametrize("layout", ["1x1", "DP2", "PP2"])
+def test_metrics_are_those_of_the_whole_batch(lives: Lives, layout: str) -> None:
+    found, expected = lives("qwen2", layout)[0].metrics, lives("qwen2", "peft")[0].metrics
+    timed = {"forward_backward_seconds", "mfu"}
+    assert found.keys() == expected.keys()
+    assert found["num_tokens"] == expected["num_tokens"]
+    for name in found.keys() - timed:
+        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("layout", ["TP2", "TP2xPP2", "DP2"])
+def test_what_is_saved_loads_in_peft(
+    lives: Lives, folders: dict[str, Path], samples: list[Sample], layout: str
+) -> None:
+    life, folder = lives("qwen2", layout)
+    model = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folders["qwen2"], dtype=torch.float32), folder / "adapter"
+    )
+    assert_same_logprobs(model, samples, life.logprobs)
+
+
+def assert_same_logprobs(model: Any, samples: list[Sample], expected: NDArray[np.float32]) -> None:
+    parts = []
+    for sample in samples:
+        tokens = torch.from_numpy(sample.tokens).long()
+        with torch.no_grad():
+            everything = (model(tokens[None]).logits[0, :-1].float() / TEMPERATURE).log_softmax(-1)
+        chosen = everything.gather(-1, tokens[1:, None])[:, 0].numpy()
+        parts.append(np.where(sample.loss_mask, np.concatenate([[0.0], chosen]), 0.0))
+    np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("saved", "layout"), [("TP2", "PP2"), ("peft", "TP2"), ("TP2", "peft")])
+def test_goes_on_from_what_another_layout_or_trainer_saved(
+    lives: Lives, folders: dict[str, Path], samples: list[Sample], saved: str, layout: str
+) -> None:
+    life, folder = lives("qwen2", saved)
+    found = []
+
+    async def go_on() -> None:
+        async with make_trainer(folders["qwen2"], LAYOUTS.get(layout)) as trainer:
+            await trainer.create_adapter("policy", LORA)
+            await trainer.load("policy", folder)
+            for _ in range(2):
+                metrics = await trainer.forward_backward("policy", samples, surrogate)
+                await trainer.optim_step("policy", ADAM)
+            found.append(metrics["loss"])
+
+    anyio.run(go_on)
+    assert relative(found, [life.next_loss]) <= 1e-5
+
+
+def test_imports_an_adapter_of_pefts(folders: dict[str, Path], samples: list[Sample], tmp_path: Path) -> None:
+    """No optimizer's state lies beside it, so there is none to load."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(LORA.targets), init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folders["qwen2"], dtype=torch.float32), config)
+    model.save_pretrained(tmp_path / "adapter")
+    found: list[Any] = []
+
+    async def load() -> None:
+        async with make_trainer(folders["qwen2"], LAYOUTS["TP2"]) as trainer:
+            await trainer.create_adapter("policy", LORA)
+            await trainer.load("policy", tmp_path)
+            found.extend(await trainer.logprobs("policy", samples))
+            await trainer.create_adapter("other", OTHER)
+            with pytest.raises(TrainerError, match=r"does not fit adapter 'other'"):
+                await trainer.load("other", tmp_path)
+
+    anyio.run(load)
+    assert_same_logprobs(model, samples, np.concatenate(found))
+
+
+def with_more(trainer: RankTrainer, **options: Any) -> RankTrainer:
+    specs = trainer._ranks._specs
+    arguments = specs[0].factory.keywords  # type: ignore[attr-defined]
+    trainer._ranks._specs = [replace(spec, factory=partial(Rank, **arguments, **options)) for spec in specs]
+    return trainer
+
+
+def test_merged_weights_are_pefts(lives: Lives, folders: dict[str, Path]) -> None:
+    _, folder = lives("qwen2", "TP2")
+    found: dict[str, Tensor] = {}
+
+    async def export() -> None:
+        async with with_more(make_trainer(folders["qwen2"], LAYOUTS["TP2"])) as trainer:
+            await trainer.create_adapter("policy", LORA)
+            await trainer.load("policy", folder)
+            found.update(await trainer._ranks.call("merged", "policy"))
+
+    anyio.run(export)
+    base = AutoModelForCausalLM.from_pretrained(folders["qwen2"], dtype=torch.float32)
+    expected = peft.PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().state_dict()
+    expected.pop("lm_head.weight")  # tied
+    found.pop("lm_head.weight", None)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+def test_fast_layer_is_megatrons_layer(
+    lives: Lives, folders: dict[str, Path], samples: list[Sample], tmp_path: Path
+) -> None:
+    found: list[Life] = []
+    trainer = with_more(make_trainer(folders["qwen2"], LAYOUTS["1x1"]), layer="TransformerLayer")
+    anyio.run(live, trainer, samples, tmp_path, found)
+    fast, _ = lives("qwen2", "1x1")
+    assert relative(found[0].losses, fast.losses) <= 1e-5
+    assert relative(found[0].norms, fast.norms) <= 1e-5
+    np.testing.assert_allclose(found[0].logprobs, fast.logprobs, atol=1e-5, rtol=0)
+
+
+def test_a_rank_that_dies_ends_the_call_with_its_number(folders: dict[str, Path], samples: list[Sample]) -> None:
+    async def kill_one() -> None:
+        async with make_trainer(folders["qwen2"], LAYOUTS["TP2"]) as trainer:
+            await trainer.create_adapter("policy", LORA)
+            pid = trainer._ranks._ranks[1].process.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(TrainerError, match="trainer rank 1 was killed by SIGKILL"):
+                await trainer.forward_backward("policy", samples, surrogate)
+
+    anyio.run(kill_one)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"tensor_parallel": 3}, r"tensor-parallel 3: .*8 attention heads"),
+        ({"tensor_parallel": 8}, r"tensor-parallel 8: .*4 key-value heads"),
+        ({"pipeline_parallel": 3}, r"pipeline-parallel 3: .*4 layers"),
+        ({"pipeline_parallel": 2, "virtual_stages": 4}, r"virtual-stages 4: .*2 layers of a stage"),
+    ],
+)
+def test_refuses_what_does_not_divide_before_any_process_starts(
+    folders: dict[str, Path], layout: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(folders["qwen2"], MegatronSettings(**layout))
+
+
+@pytest.mark.parametrize("layout", ["1x1", "PP2", "PP2, interleaved"])
+def test_every_rank_writes_its_passes(lives: Lives, layout: str) -> None:
+    """Of each microbatch and chunk, forward before backward; the head is on the last stage."""
+    _, folder = lives("qwen2", layout)
+    settings = LAYOUTS[layout]
+    events = [event for event in jsonl.read(folder / "events.jsonl") if event["resource"] != "trainer"]
+    assert {event["resource"] for event in events} == {f"trainer-{rank}" for rank in range(settings.num_ranks)}
+    assert all(event["start"] <= event["end"] for event in events)
+    heads = {event["resource"] for event in events if event["name"] == "head"}
+    assert heads == {f"trainer-{settings.num_ranks - 1}"}
+    for rank in range(settings.num_ranks):
+        mine = [event for event in events if event["resource"] == f"trainer-{rank}"]
+        passes = {name: [e for e in mine if e["name"] == name] for name in ("forward", "backward")}
+        places = {(e["fields"]["microbatch"], e["fields"]["chunk"]) for e in passes["backward"]}
+        assert len({chunk for _, chunk in places}) == settings.virtual_stages
+        assert places == {(e["fields"]["microbatch"], e["fields"]["chunk"]) for e in passes["forward"]}
+        assert len(places) > 2
+        for place in places:
+            starts = [
+                next(e["start"] for e in passes[name] if (e["fields"]["microbatch"], e["fields"]["chunk"]) == place)
+                for name in ("forward", "backward")
+            ]
+            assert starts == sorted(starts)
+        assert {"reduce_gradient", "optimizer"} <= {event["name"] for event in mine}
+
+
+def test_saved_state_is_in_pefts_names(lives: Lives) -> None:
+    """Whole tensors, so it does not matter who saved them."""
+    (_, one), (_, other) = lives("qwen2", "TP2xPP2"), lives("qwen2", "peft")
+    for file in ("adapter/adapter_model.safetensors", "state/optimizer.safetensors"):
+        found, expected = load_file(one / file), load_file(other / file)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-3, msg=name)
