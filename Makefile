@@ -4,7 +4,7 @@ BIN := .venv/bin
 MYPY := ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache
 BENCH ?= quickstart parity refit overlap against_trl cpu_lora loop_overhead on_stale on_stale_learning
 
-.PHONY: help install quickstart test lint bench lock clean
+.PHONY: help install quickstart test lint bench lock gpu-lock check-gpu-lock clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,7 +16,7 @@ quickstart: install  ## Train SmolLM2-135M-Instruct with GRPO until the reward h
 	$(BIN)/rlloop grpo --config examples/quickstart.toml --overwrite $(ARGS)
 
 # PYTHONSAFEPATH keeps the checkout off sys.path, also in the processes that tests start.
-test: lint  ## Lint and types, then all tests against the installed wheel; flags of pytest: ARGS="-k refit"
+test: lint check-gpu-lock  ## Lint, types and the GPU lock, then all tests against the installed wheel; flags of pytest: ARGS="-k refit"
 	PYTHONSAFEPATH=1 RLLOOP_EXPECT_WHEEL=1 $(BIN)/pytest $(ARGS)
 
 # mypy runs inside tests/, or it would check the checkout's rlloop/ and not the installed one.
@@ -29,11 +29,24 @@ bench: install  ## Run every benchmark (hours), or some: BENCH="refit parity"
 	set -e; for name in $(BENCH); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 
 lock: install  ## Resolve requirements/cpu.txt anew from cpu.in and overrides.txt
-	$(BIN)/python -m pip install --quiet uv
 	echo '# Made by `make lock` from cpu.in and overrides.txt. Install with --no-deps, after the CPU build of torch 2.13.0.' > requirements/cpu.txt.new
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 requirements/cpu.in \
 		--override requirements/overrides.txt --no-annotate --no-header >> requirements/cpu.txt.new
 	mv requirements/cpu.txt.new requirements/cpu.txt
+	rm -f requirements/gpu.txt
+	$(MAKE) --no-print-directory gpu-lock
+
+# Keeps what is pinned already, so it fails where the lock and pyproject.toml do not fit each other any more.
+GPU_LOCK := uv pip compile --quiet --python-version 3.12 --python-platform x86_64-manylinux_2_31 pyproject.toml --override requirements/gpu.in \
+	--extra gpu --extra megatron --extra wandb --extra reasoning-gym --no-annotate --no-header
+
+gpu-lock:
+	$(BIN)/$(GPU_LOCK) --output-file requirements/gpu.txt
+
+check-gpu-lock: install
+	cp requirements/gpu.txt .venv/gpu.txt
+	$(BIN)/$(GPU_LOCK) --output-file .venv/gpu.txt
+	diff requirements/gpu.txt .venv/gpu.txt
 
 clean:  ## Remove .venv and caches; runs/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
