@@ -38,7 +38,7 @@ class Microbatch:
     segment_starts: IndexArray
     """[S] index of each segment's first token; segments are contiguous and cover all T tokens."""
     segment_lengths: IndexArray
-    """[S] at least 1."""
+    """[S] at least 1 (0 in rows that are filled up for a CUDA graph)."""
     segment_prefixes: IndexArray
     """[S] the segment that is this one's prefix, or -1."""
     hidden_index: IndexArray

@@ -89,7 +89,8 @@ def _softmax_shard(
     *,
     group: ProcessGroup | None,
 ) -> Tensor:
-    """As `_softmax_rows`, in two passes over `logits` [N, V / ranks]; -> d logprob / d logits. `targets` count from this
+    """As `_softmax_rows`, in two passes over `logits` [N, V / ranks]; -> with
+    `needs_grad`, d logprob / d logits. `targets` count from this
     rank's first column; those of other ranks are out of range."""
     log_sum, chosen = _on_device(_log_sum_exp, logits)(logits, targets, 1 / temperature)
     if group is not None:
@@ -98,7 +99,11 @@ def _softmax_shard(
         sums = torch.stack([(log_sum - largest).exp(), chosen])
         dist.all_reduce(sums, group=group)
         log_sum, chosen = largest + sums[0].log(), sums[1]
-    gradient, mean_logit = _on_device(_softmax_gradient, logits)(logits, targets, log_sum, 1 / temperature)
+    gradient = logits
+    if needs_grad:
+        gradient, mean_logit = _on_device(_softmax_gradient, logits)(logits, targets, log_sum, 1 / temperature)
+    else:
+        mean_logit = _on_device(_mean_logit, logits)(logits, log_sum, 1 / temperature)
     if group is not None:
         dist.all_reduce(mean_logit, group=group)
     logprobs.copy_(chosen - log_sum)
@@ -122,6 +127,12 @@ def _softmax_gradient(
     p = (scaled - log_sum[:, None]).exp()
     chosen = torch.arange(logits.shape[-1], device=logits.device) == targets[:, None]
     return ((chosen.float() - p) * inverse_temperature).to(logits.dtype), (p * scaled).sum(-1)
+
+
+def _mean_logit(logits: Tensor, log_sum: Tensor, inverse_temperature: float) -> Tensor:
+    """-> this rank's share of the mean logit [N]."""
+    scaled = logits.float() * inverse_temperature
+    return ((scaled - log_sum[:, None]).exp() * scaled).sum(-1)
 
 
 @cache

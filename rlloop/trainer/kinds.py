@@ -14,9 +14,16 @@ _KINDS: dict[str, type[RankTrainer]] = {"peft": PeftTrainer, "megatron": Megatro
 
 def trainer_class(kind: str) -> type[RankTrainer]:
     """Raises ConfigError when its packages are missing."""
-    if kind == "megatron" and importlib.util.find_spec("megatron") is None:
+    if kind == "megatron" and not _has("megatron.bridge"):
         raise ConfigError(
             "--trainer.kind megatron: expected Megatron-Bridge to be installed, found none: pip install --no-deps "
             "--ignore-requires-python megatron-core==0.19.2 megatron-bridge==0.6.2 omegaconf==2.4.0"
         )
     return _KINDS[kind]
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of what it lies in
+        return False

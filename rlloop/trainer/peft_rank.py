@@ -120,6 +120,7 @@ class PeftRank:
             self._activate(others[0])  # PEFT warns when it has to choose
         self._peft.delete_adapter(name)
         del self._adapters[name]
+        self._skipped.forget(name)
         if not others:
             self._active = None
 

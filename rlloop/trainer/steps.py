@@ -18,6 +18,10 @@ class SkippedSteps:
         self._limit = limit
         self._in_a_row: Counter[str] = Counter()
 
+    def forget(self, name: str) -> None:
+        """The adapter is gone."""
+        self._in_a_row.pop(name, None)
+
     def count(self, name: str, skipped: bool) -> None:
         """Raise NonFiniteError when there were `limit` of them."""
         self._in_a_row[name] = self._in_a_row[name] + 1 if skipped else 0

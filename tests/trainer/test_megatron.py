@@ -48,6 +48,18 @@ OTHER = LoraConfig(rank=2, alpha=2.0, targets=("q_proj", "down_proj"), seed=5)
 # With the usual eps, a weight whose gradient is rounding noise moves by a whole learning rate.
 ADAM = AdamConfig(lr=3e-3, eps=1e-4, weight_decay=0.1, max_grad_norm=0.5)
 TEMPERATURE = 0.8
+SHAPE: dict[str, Any] = {
+    "vocab_size": 98,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+"""Divides by 2 and 4."""
 LAYOUTS = {
     "1x1": MegatronSettings(),
     "TP2": MegatronSettings(tensor_parallel=2),
@@ -62,22 +74,11 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny models whose heads, layers and vocabulary divide by 2 and 4; biases and norms are random, too."""
-    shape = {
-        "vocab_size": 98,
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "initializer_range": 0.1,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
     found = {}
     for name, model_class, config in [
-        ("llama", LlamaForCausalLM, LlamaConfig(**shape, tie_word_embeddings=False)),
-        ("qwen2", Qwen2ForCausalLM, Qwen2Config(**shape, tie_word_embeddings=True)),
-        ("qwen3", Qwen3ForCausalLM, Qwen3Config(**shape, head_dim=16, tie_word_embeddings=True)),
+        ("llama", LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=False)),
+        ("qwen2", Qwen2ForCausalLM, Qwen2Config(**SHAPE, tie_word_embeddings=True)),
+        ("qwen3", Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True)),
     ]:
         torch.manual_seed(0)
         model = model_class(config)
@@ -382,6 +383,34 @@ def test_every_rank_writes_its_passes(lives: Lives, layout: str) -> None:
             ]
             assert starts == sorted(starts)
         assert {"reduce_gradient", "optimizer"} <= {event["name"] for event in mine}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            Qwen2Config(**SHAPE, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
+            "does not support rotary embeddings that Megatron computes otherwise; use --trainer.kind peft",
+        ),
+        (
+            Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=16, max_window_layers=0),
+            "has a sliding window of 16 tokens; packed attention supports it only for microbatches that are shorter",
+        ),
+    ],
+    ids=["rotary embeddings", "sliding window"],
+)
+def test_refuses_what_it_would_compute_wrongly(
+    samples: list[Sample], tmp_path: Path, config: Qwen2Config, message: str
+) -> None:
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+
+    async def train() -> None:
+        async with make_trainer(tmp_path, LAYOUTS["1x1"]) as trainer:
+            await trainer.create_adapter("policy", LORA)
+            await trainer.forward_backward("policy", samples, surrogate)
+
+    with pytest.raises(TrainerError, match=message):
+        anyio.run(train)
 
 
 def test_saved_state_is_in_pefts_names(lives: Lives) -> None:

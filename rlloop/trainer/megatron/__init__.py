@@ -35,23 +35,28 @@ class MegatronTrainer(RankTrainer):
 def check_divisible(model: str, settings: MegatronSettings) -> None:
     """Raise ConfigError where the ranks cannot share this model out; it reads the folder's config.json."""
     config = json.loads((Path(model) / "config.json").read_text())
-    tensor, pipeline = settings.tensor_parallel, settings.pipeline_parallel
-    heads = config["num_attention_heads"]
+    tensor, pipeline = "--trainer.megatron.tensor-parallel", "--trainer.megatron.pipeline-parallel"
     wanted = [
-        ("--trainer.megatron.tensor-parallel", tensor, heads, "attention heads"),
-        ("--trainer.megatron.tensor-parallel", tensor, config.get("num_key_value_heads", heads), "key-value heads"),
-        ("--trainer.megatron.tensor-parallel", tensor, config["intermediate_size"], "intermediate features"),
-        ("--trainer.megatron.tensor-parallel", tensor, config["vocab_size"], "vocabulary entries"),
-        ("--trainer.megatron.pipeline-parallel", pipeline, config["num_hidden_layers"], "layers"),
+        (tensor, settings.tensor_parallel, "num_attention_heads", "attention heads"),
+        (tensor, settings.tensor_parallel, "num_key_value_heads", "key-value heads"),
+        (tensor, settings.tensor_parallel, "intermediate_size", "intermediate features"),
+        (tensor, settings.tensor_parallel, "vocab_size", "vocabulary entries"),
+        (pipeline, settings.pipeline_parallel, "num_hidden_layers", "layers"),
     ]
-    for flag, size, count, what in wanted:
+    for flag, size, key, what in wanted:
+        count = config.get(key) or (config.get("num_attention_heads") if key == "num_key_value_heads" else None)
+        if count is None:
+            raise ConfigError(
+                f"--trainer.kind megatron: expected a dense decoder, whose config.json has {key}, got {model}; "
+                "use --trainer.kind peft"
+            )
         if count % size:
             raise ConfigError(f"{flag} {size}: expected a divisor of the model's {count} {what}")
-    per_stage = config["num_hidden_layers"] // pipeline
+    per_stage = config["num_hidden_layers"] // settings.pipeline_parallel
     if per_stage % settings.virtual_stages:
         raise ConfigError(
             f"--trainer.megatron.virtual-stages {settings.virtual_stages}: expected a divisor of the {per_stage} layers of "
-            f"a stage (the model's {config['num_hidden_layers']} layers / pipeline-parallel {pipeline})"
+            f"a stage (the model's {config['num_hidden_layers']} layers / pipeline-parallel {settings.pipeline_parallel})"
         )
 
 

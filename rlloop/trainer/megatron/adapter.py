@@ -65,7 +65,6 @@ class Adapter:
 
     def __init__(self, lora: LoraConfig, layers: Sequence[AdaptableLayer], groups: Groups, dtype: torch.dtype) -> None:
         self.lora = lora
-        self.num_skipped_in_a_row = 0
         self._groups = groups
         self._scale = lora.alpha / lora.rank
         self._slots, self._num_whole, self._b_slices, num_parameters = _lay_out(lora, layers, groups.tp_size)
@@ -126,14 +125,13 @@ class Adapter:
 
     @torch.no_grad()
     def step(self, adam: AdamConfig, grad_norm: float) -> None:
-        """Clip the gradient, which `reduce_gradient` has summed, step, and zero it."""
+        """Clip the gradient, which `reduce_gradient` has summed, and step."""
         self._gradient.mul_(min(1.0, adam.max_grad_norm / (grad_norm + 1e-6)))
         self._master.grad = self._slice(self._gradient)
         for group in self._optimizer.param_groups:
             group.update(lr=adam.lr, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay)
         self._optimizer.step()
         self._master.grad = None
-        self.discard_gradient()
         self._refresh()
 
     def export(self) -> dict[str, Tensor]:
@@ -157,7 +155,6 @@ class Adapter:
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Take this rank's share of an adapter given whole (names of other stages are passed over)."""
-        self.discard_gradient()
         self._master.copy_(self._slice(self._import(weights)))
         self._optimizer.state.clear()
         *tensors, step = MOMENTS

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from types import CodeType, ModuleType
 
-HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
+_HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 _REPLACEMENTS: dict[str, tuple[str, str]] = {}
 
-if not HAS_TRANSFORMER_ENGINE:
+if not _HAS_TRANSFORMER_ENGINE:
     _REPLACEMENTS["megatron.bridge.peft.lora_layers"] = ("import transformer_engine.pytorch as te", "te = None")
     _REPLACEMENTS["megatron.bridge.peft.utils"] = ("HAVE_TE = all(", "HAVE_TE = False and all(")
     _REPLACEMENTS["megatron.bridge.peft.module_matcher"] = ("HAVE_TE = all(", "HAVE_TE = False and all(")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rlloop.batching import Microbatch
-from rlloop.config import MegatronSettings
+from rlloop.config import TrainerSettings
+from rlloop.errors import TrainerError
 from rlloop.trainer.flash import FlashLayout, count_keys, ends, index_keys
 from rlloop.trainer.megatron.adapter import Adapter
 from rlloop.trainer.megatron.layer import Row, run_body
@@ -28,13 +29,19 @@ _LARGEST_LAUNCH_BOUND = 10**9
 """Weights of a model that is faster with graphs (SmolLM2-135M: 1.4x); Qwen2.5-1.5B gains 1 %, Llama-3-8B nothing."""
 
 
-def wants_graphs(settings: MegatronSettings, groups: Groups, model: Model, dtype: torch.dtype) -> bool:
-    """Whether to use them: on a GPU, in half precision, where one rank holds the whole model."""
-    if groups.device.type != "cuda" or dtype == torch.float32 or groups.tp_size * groups.pp_size > 1:
-        return False
-    return settings.cuda_graphs == "on" or (
-        settings.cuda_graphs == "auto" and model.num_weights < _LARGEST_LAUNCH_BOUND
-    )
+def wants_graphs(settings: TrainerSettings, groups: Groups, model: Model, dtype: torch.dtype) -> bool:
+    """Whether to use them. Raises TrainerError when they are wanted where they cannot be used."""
+    wish = settings.megatron.cuda_graphs
+    obstacles = {
+        "no GPU": groups.device.type != "cuda",
+        "float32": dtype == torch.float32,
+        "several ranks that share a model": groups.tp_size * groups.pp_size > 1,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+    }
+    obstacle = next((name for name, applies in obstacles.items() if applies), None)
+    if obstacle and wish == "on":
+        raise TrainerError(f"--trainer.megatron.cuda-graphs on: expected a GPU that holds the model, got {obstacle}")
+    return not obstacle and (wish == "on" or (wish == "auto" and model.num_weights < _LARGEST_LAUNCH_BOUND))
 
 
 class Graphs:
@@ -99,6 +106,7 @@ class _Graph:
             with torch.cuda.graph(self._backward, pool=pool):
                 self._hidden.backward(self._d_hidden)
         self._hidden = self._hidden.detach()
+        self._angles = chunk.rotary_pos_emb.angles
 
     def __call__(self, microbatch: Microbatch) -> Tensor:
         """See `Graphs.run`."""

@@ -60,7 +60,8 @@ class PackedAttention(MegatronModule):
     def __init__(self, config: Any, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale or config.kv_channels**-0.5
-        self.window = None if config.window_size is None else config.window_size[0]
+        self.window: int | None = None
+        """Tokens of a sliding window, which `build_model` reads from the Hugging Face config."""
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, packed_seq_params: Row, **kwargs: Any
@@ -97,6 +98,7 @@ def rotate_by_token(rotary: nn.Module) -> None:
     """
 
     def pick(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        module.angles = output  # a CUDA graph must keep them alive: Megatron's cache forgets
         positions = module.row_positions
         if isinstance(output, tuple):  # YaRN: angles and a scale
             return output[0][positions], *output[1:]

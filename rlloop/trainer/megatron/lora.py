@@ -7,7 +7,7 @@ tensor parallelism over ranks i, and s = alpha / rank:
     row      y = sum_i [x_i W_i^T + (x_i A_i^T) (s B)^T]      A cut like W, B whole on every rank
 
 Both sums over ranks (of y, and backward of dx) are the ones that the layer has anyway. The gradient of what is whole on
-every rank comes out as one summand a rank; `Adapter.step` adds them up once an optimizer step.
+every rank comes out as one summand a rank; `Adapter.reduce_gradient` adds them up once an optimizer step.
 
 Projections that Megatron fuses (q, k, v; gate, up) keep an A each, stacked, and the rows of B that belong to another
 projection's A are zero: that is PEFT's LoRA, in the same two products.
@@ -175,6 +175,13 @@ class LoraLinear:
         own_bias, left_bias = (None, self.bias) if self.skip_bias_add else (self.bias, None)
         y: Tensor = _Product.apply(x.flatten(0, 1), self, self.lora, own_bias)
         return y.unflatten(0, (-1, x.shape[1])), left_bias
+
+    def move_back(self) -> None:
+        """The weight into memory of its own, as `set_lora` found it."""
+        if self._buffer is not None:
+            self.weight.data = self.weight.data.contiguous()
+            self._buffer = self.w_and_a = self.w_and_b = None
+            LoraLinear.weights_moved += 1
 
     def _make_room(self, rank: int) -> Tensor:
         """Move the weight, in place, into a buffer with room for the adapter."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from rlloop.config import MegatronSettings
 from rlloop.errors import TrainerError
@@ -107,12 +108,16 @@ def build_model(
     provider.apply_overrides_and_finalize(dtype=dtype, overrides=overrides)
     provider.register_pre_wrap_hook(_freeze)
     chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=groups.device.type == "cpu")
-    for chunk in chunks:
-        rotate_by_token(get_attr_wrapped_model(chunk, "rotary_pos_emb"))
-        chunk.train()
     _check(bridge, chunks, provider, groups)
+    window = _sliding_window(bridge.hf_pretrained.config)
+    for chunk in chunks:
+        rotate_by_token(_inner(chunk).rotary_pos_emb)
+        chunk.train()
+        for module in chunk.modules():
+            if isinstance(module, PackedAttention):
+                module.window = window
     layers = tuple(_adaptable_layers(bridge, chunks, provider))
-    last = get_attr_wrapped_model(chunks[-1], "decoder", return_model_obj=True)
+    last = _inner(chunks[-1])
     head = None
     if last.post_process:
         tied = last.share_embeddings_and_output_weights
@@ -129,31 +134,64 @@ def build_model(
 
 def _check(bridge: Any, chunks: list[Any], config: Any, groups: Groups) -> None:
     """Refuse what the model has and the layers here would pass over."""
-    inner = [get_attr_wrapped_model(chunk, "decoder", return_model_obj=True) for chunk in chunks]
+    inner = [_inner(chunk) for chunk in chunks]
     head = getattr(inner[-1], "output_layer", None)
     unsupported = {
         f"a model class of its own ({type(inner[0]).__name__})": type(inner[0]) is not GPTModel,
         f"a head of its own ({type(head).__name__})": head is not None and type(head) is not ColumnParallelLinear,
+        "experts": bool(config.num_moe_experts),
         "norms whose weights count from zero": config.layernorm_zero_centered_gamma,
         "softcapped attention": bool(getattr(config, "attn_logit_softcapping", None)),
         "attention sinks": config.softmax_type != "vanilla",
         "scaled logits": config.use_mup,
         "clipped queries and keys": config.qk_clip,
+        "rotary embeddings that Megatron computes otherwise": not _same_rotation(bridge.hf_pretrained.config, inner[0]),
     }
     found = [feature for feature, applies in unsupported.items() if applies]
     tasks = [
         task for task in bridge._model_bridge.build_conversion_tasks(bridge.hf_pretrained, chunks) if task is not None
     ]
-    names = {
-        name for part in groups.gather({name for task in tasks for name in _hf_names(task.mapping)}) for name in part
-    }
     saved = {name for name in bridge.hf_pretrained.state.source.get_all_keys() if not name.endswith(".inv_freq")}
+    own = {name: parameter for chunk in inner for name, parameter in chunk.named_parameters()}
     if config.share_embeddings_and_output_weights:
         saved.discard("lm_head.weight")
+        own.pop("output_layer.weight", None)
+    loaded = {task.param_weight.data_ptr() for task in tasks if task.param_weight is not None}
+    if empty := sorted(name for name, parameter in own.items() if parameter.data_ptr() not in loaded):
+        found.append(f"no weights for {empty[0]}")
+    names = set().union(*groups.gather({name for task in tasks for name in _hf_names(task.mapping)}))
     if left_over := sorted(saved - names):
         found.append(f"weights that Megatron's layers have no place for ({len(left_over)}, such as {left_over[0]})")
-    if found:
-        raise TrainerError(f"the megatron trainer does not support {found[0]}; use --trainer.kind peft")
+    reasons = [reason for reasons in groups.gather(found) for reason in reasons]  # all of them end, or none
+    if reasons:
+        raise TrainerError(f"the megatron trainer does not support {reasons[0]}; use --trainer.kind peft")
+
+
+def _inner(chunk: Any) -> Any:
+    """Megatron's model, without what is wrapped around it."""
+    return get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
+
+
+def _same_rotation(hf_config: Any, model: Any) -> bool:
+    """Whether Megatron's rotary embedding has transformers' frequencies: it knows few of the ways to stretch them."""
+    with torch.device("meta"):
+        decoder = AutoModelForCausalLM.from_config(hf_config).get_decoder()
+    if not hasattr(decoder, "rotary_emb") or not hasattr(getattr(model, "rotary_pos_emb", None), "inv_freq"):
+        return False
+    expected = type(decoder.rotary_emb)(hf_config)
+    frequencies = model.rotary_pos_emb.inv_freq.cpu() / (model.rotary_pos_emb.seq_len_interpolation_factor or 1)
+    return bool(
+        frequencies.shape == expected.inv_freq.shape
+        and torch.allclose(frequencies, expected.inv_freq.float(), rtol=1e-4)
+        and expected.attention_scaling == 1
+    )
+
+
+def _sliding_window(hf_config: Any) -> int | None:
+    """Tokens of the window, if any layer has one."""
+    if not getattr(hf_config, "use_sliding_window", True):
+        return None
+    return getattr(hf_config, "sliding_window", None)
 
 
 def _hf_names(mapping: Any) -> Iterable[str]:
@@ -173,7 +211,7 @@ def _freeze(chunks: list[Any]) -> list[Any]:
 
 
 class _Spec(LocalSpecProvider):
-    """Which module stands for what; routed experts keep Megatron's own."""
+    """Which module stands for what."""
 
     def column_parallel_linear(self) -> type:
         return LoraColumnLinear
@@ -223,7 +261,7 @@ def _layer_spec(config: Any) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec_for_backend(backend=spec, num_experts=config.num_moe_experts),
+            mlp=get_mlp_module_spec_for_backend(backend=spec),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -235,7 +273,6 @@ def _not_fast(config: Any) -> str | None:
         f"{config.normalization} in place of RMSNorm": config.normalization != "RMSNorm",
         "no gated linear unit": not config.gated_linear_unit,
         "an activation other than SiLU": config.activation_func is not torch.nn.functional.silu,
-        "experts": bool(config.num_moe_experts),
         "interleaved rotary embeddings": config.rotary_interleaved,
         "no rotary embeddings": getattr(config, "position_embedding_type", "rope") != "rope",
         "layers without rotary embeddings": bool(getattr(config, "no_rope_freq", None)),

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from rlloop.config import MegatronSettings
+from rlloop.errors import TrainerError
 from rlloop.trainer.megatron import compat  # noqa: F401  (before anything under megatron)
 
 from megatron.core import parallel_state, tensor_parallel  # isort: skip
@@ -72,6 +73,11 @@ class Groups:
         """Whether the losses are computed here."""
         return self.pp_rank == self.pp_size - 1
 
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's, on every rank."""
         if dist.get_world_size() == 1:
@@ -85,6 +91,11 @@ def start_groups(settings: MegatronSettings, rank: int, num_ranks: int, address:
     """Meet the other ranks at `address` (host:port); NCCL on GPUs, gloo on CPUs."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        if torch.cuda.device_count() < num_ranks:
+            raise TrainerError(
+                f"--trainer.megatron: expected a GPU for each of tensor x pipeline x data parallel = {num_ranks} ranks, "
+                f"got {torch.cuda.device_count()}"
+            )
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
     else:
@@ -104,6 +115,7 @@ def start_groups(settings: MegatronSettings, rank: int, num_ranks: int, address:
         pipeline_model_parallel_size=settings.pipeline_parallel,
         virtual_pipeline_model_parallel_size=settings.virtual_stages if settings.virtual_stages > 1 else None,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=_TIMEOUT.seconds // 60,
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -43,7 +43,7 @@ class MegatronRank:
         self._groups = start_groups(parallel, context.rank, context.num_ranks, address, arguments.seed)
         recompute = settings.gradient_checkpointing
         self._model = build_model(arguments.model, parallel, self._groups, self._dtype, recompute=recompute)
-        use_graphs = wants_graphs(parallel, self._groups, self._model, self._dtype)
+        use_graphs = wants_graphs(settings, self._groups, self._model, self._dtype)
         graph_tokens = settings.max_tokens_per_microbatch if use_graphs else None
         self._trace = Trace(events_path, context.rank, self._groups.device)
         self._schedule = Schedule(self._model, self._groups, arguments.temperature, self._trace, graph_tokens)
@@ -51,6 +51,7 @@ class MegatronRank:
         self._losses_were_finite: dict[str, bool] = {}
         self._skipped = SkippedSteps(settings.max_nonfinite_steps)
         self._active: str | None = None
+        self._is_switching = False
         num_head = 0 if self._model.head is None else self._model.head.numel()
         counts = torch.tensor([self._model.num_weights, num_head], device=self._groups.device)
         torch.distributed.all_reduce(counts, group=self._groups.model)
@@ -76,12 +77,12 @@ class MegatronRank:
         if self._active == name:
             self._activate(None)
         del self._adapters[name], self._losses_were_finite[name]
+        self._skipped.forget(name)
 
     def forward_backward(self, name: str, samples: Sequence[Sample], loss: Loss) -> Metrics:
         """Gradients add up until `optim_step`; an interrupted call discards them."""
         started = time.perf_counter()
-        adapter = self._get(name)
-        self._activate(name)
+        self._get(name)
         columns, totals = Columns(samples), Totals()
 
         def on_logprobs(logprobs: Tensor, entropy: Tensor, work: Work) -> Tensor:
@@ -91,15 +92,17 @@ class MegatronRank:
             return value
 
         try:
+            self._activate(name)
             self._run(samples, columns, on_logprobs, backward=True)
         except torch.OutOfMemoryError as error:
-            adapter.discard_gradient()
+            self._discard_gradient(name)
             raise TrainerError(
                 f"lower trainer.max_tokens_per_microbatch: the trainer ran out of memory ({error})"
             ) from error
         except Exception:
-            adapter.discard_gradient()
+            self._discard_gradient(name)
             raise
+        self._groups.synchronize()  # only the last stage waits for its metrics, and the first one ends last
         summary = Summary.merge(self._groups.gather(totals.summary() if self._answers else Summary()))
         self._losses_were_finite[name] &= summary.is_finite
         self._trace.flush()
@@ -118,11 +121,9 @@ class MegatronRank:
             grad_norm = adapter.reduce_gradient() if self._losses_were_finite[name] else math.nan
         skipped = not math.isfinite(grad_norm)
         with self._trace.span("optimizer"):
-            if skipped:
-                adapter.discard_gradient()
-            else:
+            if not skipped:
                 adapter.step(adam, grad_norm)
-        self._losses_were_finite[name] = True
+        self._discard_gradient(name)
         self._skipped.count(name, skipped)
         return OptimResult(grad_norm=grad_norm, skipped=skipped)
 
@@ -155,6 +156,10 @@ class MegatronRank:
     def export_weights(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """The model with the adapter merged, W + s B A, by Hugging Face names, whole, on rank 0; every rank must exhaust it."""
         adapter = self._get(name)
+        if self._groups.tp_size * self._groups.pp_size > 1:  # the bridge sends weights as they lie
+            self._activate(None)
+            for adaptable in self._model.layers:
+                adaptable.layer.move_back()
         scale, lora = adapter.lora.alpha / adapter.lora.rank, adapter.export()
         for hf_name, weight in self._model.export():
             prefix = f"base_model.model.{hf_name.removesuffix('.weight')}"
@@ -176,6 +181,11 @@ class MegatronRank:
         adapter = self._get(name)
         weights, moments = read_adapter(folder, name, adapter.shapes)
         adapter.load(weights, moments)
+        self._discard_gradient(name)
+
+    def _discard_gradient(self, name: str) -> None:
+        self._adapters[name].discard_gradient()
+        self._losses_were_finite[name] = True
 
     @property
     def _answers(self) -> bool:
@@ -203,16 +213,17 @@ class MegatronRank:
         return self._adapters[name]
 
     def _activate(self, name: str | None) -> None:
-        if name == self._active:
+        if name == self._active and not self._is_switching:
             return
-        if self._active is not None:
-            self._adapters[self._active].deactivate()
+        self._is_switching = True  # until it is done: memory may run out on the way
+        for adapter in self._adapters.values():
+            adapter.deactivate()
         if name is None:
             for adaptable in self._model.layers:
                 adaptable.layer.set_lora(None)
         else:
             self._get(name).activate(self._model.layers)
-        self._active = name
+        self._active, self._is_switching = name, False
 
 
 def _nothing() -> None:

@@ -1,6 +1,6 @@
 """What a rank did when: a span for each forward and backward pass of a microbatch, in events.jsonl.
 
-On a GPU the times are the device's. They are read once the call has waited for it anyway, so tracing waits for nothing.
+On a GPU the times are the device's, read once the call is done.
 """
 
 from __future__ import annotations
@@ -52,10 +52,12 @@ class Trace:
         output.register_hook(start)
 
     def flush(self) -> None:
-        """Write what has ended. On a GPU, call it when the device is done."""
+        """Write what was launched, once the device is done with it."""
         if self._events is None or not self._open:
             return
         spans, self._open = self._open, []
+        if self._is_cuda:
+            torch.cuda.synchronize()
         now, reference = time.monotonic(), self._mark()
         if isinstance(reference, torch.cuda.Event):
             reference.synchronize()
