@@ -4,7 +4,7 @@ BIN := .venv/bin
 MYPY := ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache
 BENCH ?= quickstart parity refit overlap against_trl cpu_lora loop_overhead on_stale on_stale_learning
 
-.PHONY: help install quickstart test lint bench lock gpu-lock check-gpu-lock clean
+.PHONY: help install quickstart test lint bench lock check-gpu-lock clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,20 +33,10 @@ lock: install  ## Resolve requirements/cpu.txt anew from cpu.in and overrides.tx
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 requirements/cpu.in \
 		--override requirements/overrides.txt --no-annotate --no-header >> requirements/cpu.txt.new
 	mv requirements/cpu.txt.new requirements/cpu.txt
-	rm -f requirements/gpu.txt
-	$(MAKE) --no-print-directory gpu-lock
-
-# Keeps what is pinned already, so it fails where the lock and pyproject.toml do not fit each other any more.
-GPU_LOCK := uv pip compile --quiet --python-version 3.12 --python-platform x86_64-manylinux_2_31 pyproject.toml --override requirements/gpu.in \
-	--extra gpu --extra megatron --extra wandb --extra reasoning-gym --no-annotate --no-header
-
-gpu-lock:
-	$(BIN)/$(GPU_LOCK) --output-file requirements/gpu.txt
+	$(BIN)/python scripts/check_gpu_lock.py --write
 
 check-gpu-lock: install
-	cp requirements/gpu.txt .venv/gpu.txt
-	$(BIN)/$(GPU_LOCK) --output-file .venv/gpu.txt
-	diff requirements/gpu.txt .venv/gpu.txt
+	$(BIN)/python scripts/check_gpu_lock.py
 
 clean:  ## Remove .venv and caches; runs/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
