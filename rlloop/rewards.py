@@ -15,8 +15,8 @@ import reprlib
 import select
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from signal import SIGKILL, Signals
 from traceback import extract_tb
 from types import TracebackType
@@ -34,7 +34,7 @@ START_TIMEOUT = 300.0
 """Seconds that a worker may take to import and build the environment."""
 _DIED = (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError)
 # A worker searches modules where its parent does, so that both run the same code.
-_WORKER = "import sys; sys.path[:] = sys.argv[1:]; from rlloop.rewards import serve; serve()"
+_WORKER = "import sys; lifeline, *sys.path[:] = sys.argv[1:]; from rlloop.rewards import serve; serve(int(lifeline))"
 
 
 class Scorer:
@@ -89,21 +89,32 @@ class Scorer:
 
 
 class _Worker:
-    """One process: pickle in, JSON out, each after its length in 8 bytes."""
+    """One process: pickle in, JSON out, each after its length in 8 bytes. It ends when `lifeline` closes."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, lifeline: int) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         self._process = process
+        self._lifeline = lifeline
         self._stdin = process.stdin
         self._stdout = BufferedByteReceiveStream(process.stdout)
 
     @classmethod
     async def start(cls, name: str, args: Mapping[str, Any]) -> _Worker:
         """A worker that has built the environment. Raises BadEnvironmentError."""
-        command = [sys.executable, "-c", _WORKER, *sys.path]
-        # A session of its own: killed with all that a reward starts, and deaf to the terminal's Ctrl-C.
-        worker = cls(await anyio.open_process(command, stdin=subprocess.PIPE, stderr=None, start_new_session=True))
+        theirs, ours = os.pipe()
+        command = [sys.executable, "-c", _WORKER, str(theirs), *sys.path]
+        try:
+            # A session of its own: killed with all that a reward starts, and deaf to the terminal's Ctrl-C.
+            process = await anyio.open_process(
+                command, stdin=subprocess.PIPE, stderr=None, start_new_session=True, pass_fds=(theirs,)
+            )
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        worker = cls(process, ours)
         started = False
         try:
             with anyio.fail_after(START_TIMEOUT):
@@ -141,6 +152,7 @@ class _Worker:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, SIGKILL)
             await self._process.aclose()
+            os.close(self._lifeline)
 
 
 def explain(error: BaseException) -> str:
@@ -150,24 +162,22 @@ def explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{place}"
 
 
-def serve() -> None:
+def serve(lifeline: int) -> None:
     """Be a worker: build the environment that the first request names, score what the others hold, until stdin ends."""
+    _die_with_parent(lifeline)
     # Only the protocol may use the pipes: neither a print() of a reward, nor the processes that it starts.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     name, args = pickle.loads(_receive(requests))
-    with _die_with_parent(requests.fileno()):
-        try:
-            environment = load_environment(name, args)
-        except BadEnvironmentError as error:
-            _send(replies, {"error": str(error)})
-            return
+    try:
+        environment = load_environment(name, args)
+    except BadEnvironmentError as error:
+        _send(replies, {"error": str(error)})
+        return
     _send(replies, {})
     while request := _receive(requests):
-        with _die_with_parent(requests.fileno()):
-            reply = _score(environment, request)
-        _send(replies, reply)
+        _send(replies, _score(environment, request))
 
 
 def _score(environment: Environment, request: bytes) -> dict[str, Any]:
@@ -182,22 +192,17 @@ def _score(environment: Environment, request: bytes) -> dict[str, Any]:
     return {"reward": reward}
 
 
-@contextmanager
-def _die_with_parent(fd: int) -> Iterator[None]:
-    """Within, the process and what it has started are ended when the parent is: even by SIGKILL, even in C code.
+def _die_with_parent(lifeline: int) -> None:
+    """The process and what it starts are ended when the parent is: even by SIGKILL, even in C code.
 
-    The parent sends nothing before it has its reply, so any change of the pipe, for which O_ASYNC makes the kernel send
-    SIGIO, means that the other end is gone. (PR_SET_PDEATHSIG would follow the thread that started this process.)
+    Nobody writes to this pipe, so any change of it, for which O_ASYNC makes the kernel send SIGIO, means that the other end
+    is gone. (The pipe of requests will not do: the kernel sends the signal of a write after the reader may have read it all.
+    PR_SET_PDEATHSIG would follow the thread that started this process.)
     """
-    fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpgrp())
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_ASYNC)
-    try:
-        if select.select([fd], [], [], 0)[0]:  # it was gone before
-            sys.exit()
-        yield
-    finally:
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([lifeline], [], [], 0)[0]:  # it was gone before
+        sys.exit()
 
 
 def _receive(requests: BinaryIO) -> bytes:
