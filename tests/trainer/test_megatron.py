@@ -23,8 +23,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -76,9 +74,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny models whose heads, layers and vocabulary divide by 2 and 4; biases and norms are random, too."""
     found = {}
     for name, model_class, config in [
-        ("llama", LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=False)),
         ("qwen2", Qwen2ForCausalLM, Qwen2Config(**SHAPE, tie_word_embeddings=True)),
-        ("qwen3", Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True)),
+        ("qwen3", Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False)),
     ]:
         torch.manual_seed(0)
         model = model_class(config)
@@ -200,7 +197,8 @@ def relative(found: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
-CASES = [*(("qwen2", layout) for layout in LAYOUTS), ("llama", "1x1"), ("qwen3", "TP2, sequence parallel")]
+# Llama's layers are those of SmolLM2, which tests/real trains.
+CASES = [*(("qwen2", layout) for layout in LAYOUTS), ("qwen3", "1x1")]
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
@@ -250,7 +248,7 @@ def assert_same_logprobs(model: Any, samples: list[Sample], expected: NDArray[np
     np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("saved", "layout"), [("TP2", "PP2"), ("peft", "TP2"), ("PP2", "peft")])
+@pytest.mark.parametrize(("saved", "layout"), [("TP2", "PP2"), ("peft", "TP2")])
 def test_goes_on_from_what_another_layout_or_trainer_saved(
     lives: Lives, folders: dict[str, Path], samples: list[Sample], saved: str, layout: str
 ) -> None:
