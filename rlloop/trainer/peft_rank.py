@@ -24,7 +24,7 @@ from rlloop.trainer.head import head_weight, token_logprobs
 from rlloop.trainer.lora import FusedLinear
 from rlloop.trainer.rank_trainer import RankArguments
 from rlloop.trainer.ranks import RankContext
-from rlloop.trainer.steps import SkippedSteps, measure_peak
+from rlloop.trainer.steps import SkippedSteps, gradient_discarded_on_error, measure_peak, throughput
 from rlloop.trainer.tokens import Columns, Totals, to_device
 from rlloop.types import AdamConfig, AdapterTicket, FloatArray, LoraConfig, Metrics, OptimResult, Sample
 
@@ -129,7 +129,7 @@ class PeftRank:
         started = time.perf_counter()
         adapter = self._activate(name)
         columns, totals = Columns(samples), Totals()
-        try:
+        with gradient_discarded_on_error(adapter.discard_gradient):
             for microbatch in pack(samples, self._settings.max_tokens_per_microbatch):
                 self._context.check_interrupt()
                 logprobs, entropy = self._forward(microbatch)
@@ -137,24 +137,12 @@ class PeftRank:
                 value, metrics = loss(logprobs, tokens)
                 value.backward()
                 totals.add(value, logprobs, tokens, microbatch, metrics)
-        except torch.OutOfMemoryError as error:
-            adapter.discard_gradient()
-            raise TrainerError(
-                f"lower trainer.max_tokens_per_microbatch: the trainer ran out of memory ({error})"
-            ) from error
-        except Exception:
-            adapter.discard_gradient()
-            raise
         summary = totals.summary()
         adapter.loss_was_finite &= summary.is_finite
         seconds = time.perf_counter() - started
-        # Forward, and backward to the activations only: 2 x 2 operations for each weight and token.
-        flops = 4 * (self._num_body * summary.num_computed_tokens + self._head.numel() * summary.num_tokens)
-        return summary.metrics() | {
-            "forward_backward_seconds": seconds,
-            "mfu": flops / seconds / self._peak_flops,
-            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
-        }
+        return summary.metrics() | throughput(
+            summary, seconds, num_body=self._num_body, num_head=self._head.numel(), peak_flops=self._peak_flops
+        )
 
     def optim_step(self, name: str, adam: AdamConfig) -> OptimResult:
         """AdamW in fp32. A skipped step leaves weights and moments bit for bit as they were."""

@@ -5,10 +5,41 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
-from rlloop.errors import NonFiniteError
+from rlloop.errors import NonFiniteError, TrainerError
+from rlloop.trainer.tokens import Summary
+from rlloop.types import Metrics
+
+
+@contextmanager
+def gradient_discarded_on_error(discard: Callable[[], None]) -> Iterator[None]:
+    """Whatever is raised within, what of the gradient is there already must not count. Says what helps against a lack of
+    memory, as TrainerError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        discard()
+        raise TrainerError(
+            f"lower trainer.max_tokens_per_microbatch: the trainer ran out of memory ({error})"
+        ) from error
+    except Exception:
+        discard()
+        raise
+
+
+def throughput(summary: Summary, seconds: float, *, num_body: int, num_head: int, peak_flops: float) -> Metrics:
+    """Of one forward_backward, by the weights of a model's layers and of its head."""
+    # Forward, and backward to the activations only: 2 x 2 operations for each weight and token.
+    flops = 4 * (num_body * summary.num_computed_tokens + num_head * summary.num_tokens)
+    return {
+        "forward_backward_seconds": seconds,
+        "mfu": flops / seconds / peak_flops,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
+    }
 
 
 class SkippedSteps:

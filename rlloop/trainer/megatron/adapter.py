@@ -65,6 +65,8 @@ class Adapter:
 
     def __init__(self, lora: LoraConfig, layers: Sequence[AdaptableLayer], groups: Groups, dtype: torch.dtype) -> None:
         self.lora = lora
+        self.loss_was_finite = True
+        """Of all that is in the gradient."""
         self._groups = groups
         self._scale = lora.alpha / lora.rank
         self._slots, self._num_whole, self._b_slices, num_parameters = _lay_out(lora, layers, groups.tp_size)
@@ -103,6 +105,7 @@ class Adapter:
     def discard_gradient(self) -> None:
         """Of all microbatches since the last step."""
         self._gradient.zero_()
+        self.loss_was_finite = True
 
     @torch.no_grad()
     def reduce_gradient(self) -> float:

@@ -25,7 +25,7 @@ from rlloop.trainer.megatron.schedule import OnLogprobs, Schedule, Work
 from rlloop.trainer.megatron.trace import Trace
 from rlloop.trainer.rank_trainer import RankArguments
 from rlloop.trainer.ranks import Interrupted, RankContext
-from rlloop.trainer.steps import SkippedSteps, measure_peak
+from rlloop.trainer.steps import SkippedSteps, gradient_discarded_on_error, measure_peak, throughput
 from rlloop.trainer.tokens import Columns, Summary, Totals
 from rlloop.types import AdamConfig, AdapterTicket, FloatArray, LoraConfig, Metrics, OptimResult, Sample
 
@@ -48,7 +48,6 @@ class MegatronRank:
         self._trace = Trace(events_path, context.rank, self._groups.device)
         self._schedule = Schedule(self._model, self._groups, arguments.temperature, self._trace, graph_tokens)
         self._adapters: dict[str, Adapter] = {}
-        self._losses_were_finite: dict[str, bool] = {}
         self._skipped = SkippedSteps(settings.max_nonfinite_steps)
         self._active: str | None = None
         self._is_switching = False
@@ -69,20 +68,19 @@ class MegatronRank:
             raise TrainerError(f"adapter {name!r} exists already")
         check_targets(lora, set().union(*self._groups.gather(self._model.targets)))
         self._adapters[name] = Adapter(lora, self._model.layers, self._groups, self._dtype)
-        self._losses_were_finite[name] = True
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter and its optimizer."""
         self._get(name)
         if self._active == name:
             self._activate(None)
-        del self._adapters[name], self._losses_were_finite[name]
+        del self._adapters[name]
         self._skipped.forget(name)
 
     def forward_backward(self, name: str, samples: Sequence[Sample], loss: Loss) -> Metrics:
         """Gradients add up until `optim_step`; an interrupted call discards them."""
         started = time.perf_counter()
-        self._get(name)
+        adapter = self._get(name)
         columns, totals = Columns(samples), Totals()
 
         def on_logprobs(logprobs: Tensor, entropy: Tensor, work: Work) -> Tensor:
@@ -91,39 +89,28 @@ class MegatronRank:
             totals.add(value, logprobs, tokens, work.microbatch, metrics)
             return value
 
-        try:
+        with gradient_discarded_on_error(adapter.discard_gradient):
             self._activate(name)
             self._run(samples, columns, on_logprobs, backward=True)
-        except torch.OutOfMemoryError as error:
-            self._discard_gradient(name)
-            raise TrainerError(
-                f"lower trainer.max_tokens_per_microbatch: the trainer ran out of memory ({error})"
-            ) from error
-        except Exception:
-            self._discard_gradient(name)
-            raise
         self._groups.synchronize()  # only the last stage waits for its metrics, and the first one ends last
         summary = Summary.merge(self._groups.gather(totals.summary() if self._answers else Summary()))
-        self._losses_were_finite[name] &= summary.is_finite
+        adapter.loss_was_finite &= summary.is_finite
         self._trace.flush()
         seconds = time.perf_counter() - started
-        flops = 4 * (self._num_body * summary.num_computed_tokens + self._num_head * summary.num_tokens)
-        return summary.metrics() | {
-            "forward_backward_seconds": seconds,
-            "mfu": flops / seconds / self._peak_flops,
-            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
-        }
+        return summary.metrics() | throughput(
+            summary, seconds, num_body=self._num_body, num_head=self._num_head, peak_flops=self._peak_flops
+        )
 
     def optim_step(self, name: str, adam: AdamConfig) -> OptimResult:
         """AdamW in fp32. A skipped step leaves weights and moments bit for bit as they were."""
         adapter = self._get(name)
         with self._trace.span("reduce_gradient"):
-            grad_norm = adapter.reduce_gradient() if self._losses_were_finite[name] else math.nan
+            grad_norm = adapter.reduce_gradient() if adapter.loss_was_finite else math.nan
         skipped = not math.isfinite(grad_norm)
         with self._trace.span("optimizer"):
             if not skipped:
                 adapter.step(adam, grad_norm)
-        self._discard_gradient(name)
+        adapter.discard_gradient()
         self._skipped.count(name, skipped)
         return OptimResult(grad_norm=grad_norm, skipped=skipped)
 
@@ -181,11 +168,7 @@ class MegatronRank:
         adapter = self._get(name)
         weights, moments = read_adapter(folder, name, adapter.shapes)
         adapter.load(weights, moments)
-        self._discard_gradient(name)
-
-    def _discard_gradient(self, name: str) -> None:
-        self._adapters[name].discard_gradient()
-        self._losses_were_finite[name] = True
+        adapter.discard_gradient()
 
     @property
     def _answers(self) -> bool:
