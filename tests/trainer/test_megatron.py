@@ -1,19 +1,20 @@
 """The megatron trainer against the peft trainer and against transformers + PEFT, over real ranks with gloo.
 
-Each layout is started once and goes through the whole story (`live`); the tests read what it found.
+Each layout goes through the whole story (`live`) once, in ranks that all share; the tests read what it found.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.from_thread
 import numpy as np
 import peft
 import pytest
@@ -29,7 +30,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_ranks import Rank, Writer, infinite, surrogate
+from megatron_ranks import BorrowedRanks, ShowingRank, SuccessiveRank, Writer, infinite, surrogate
 from rlloop.config import MegatronSettings, TrainerSettings
 from rlloop.errors import ConfigError, TrainerError
 from rlloop.events import Events
@@ -37,6 +38,7 @@ from rlloop.tracking import jsonl
 from rlloop.trainer.megatron import MegatronTrainer
 from rlloop.trainer.peft import PeftTrainer
 from rlloop.trainer.rank_trainer import RankTrainer
+from rlloop.trainer.ranks import Ranks, RankSpec
 from rlloop.types import AdamConfig, LoraConfig, Metrics, Sample
 
 pytestmark = pytest.mark.timeout(300)
@@ -130,44 +132,67 @@ class Life:
 
 
 async def live(trainer: RankTrainer, samples: list[Sample], folder: Path, found: list[Life]) -> None:
-    async with trainer:
-        await trainer.create_adapter("policy", LORA)
-        await trainer.create_adapter("other", OTHER)
-        losses, norms, other_losses = [], [], []
-        for _ in range(3):
-            metrics = await trainer.forward_backward("policy", samples, surrogate)
-            other = await trainer.forward_backward("other", samples[:5], surrogate)
-            result = await trainer.optim_step("policy", ADAM)
-            await trainer.optim_step("other", ADAM)
-            losses.append(float(metrics["loss"]))
-            norms.append(result.grad_norm)
-            other_losses.append(float(other["loss"]))
-        logprobs = np.concatenate(await trainer.logprobs("policy", samples))
-        base_logprobs = np.concatenate(await trainer.logprobs(None, samples))
-        weights: Any = await trainer.export_adapter("policy")
-        await trainer.save("policy", folder)
-        await trainer.forward_backward("policy", samples, infinite)
-        skipped = (await trainer.optim_step("policy", ADAM)).skipped
-        await trainer.forward_backward("policy", samples, surrogate)
-        await trainer.optim_step("policy", ADAM)
-        after = await trainer.forward_backward("policy", samples, surrogate)
-        found.append(
-            Life(losses, norms, metrics, logprobs, base_logprobs, weights, other_losses, float(after["loss"]), skipped)
-        )
+    await trainer.create_adapter("policy", LORA)
+    await trainer.create_adapter("other", OTHER)
+    losses, norms, other_losses = [], [], []
+    for _ in range(3):
+        metrics = await trainer.forward_backward("policy", samples, surrogate)
+        other = await trainer.forward_backward("other", samples[:5], surrogate)
+        result = await trainer.optim_step("policy", ADAM)
+        await trainer.optim_step("other", ADAM)
+        losses.append(float(metrics["loss"]))
+        norms.append(result.grad_norm)
+        other_losses.append(float(other["loss"]))
+    logprobs = np.concatenate(await trainer.logprobs("policy", samples))
+    base_logprobs = np.concatenate(await trainer.logprobs(None, samples))
+    weights: Any = await trainer.export_adapter("policy")
+    await trainer.save("policy", folder)
+    await trainer.forward_backward("policy", samples, infinite)
+    skipped = (await trainer.optim_step("policy", ADAM)).skipped
+    await trainer.forward_backward("policy", samples, surrogate)
+    await trainer.optim_step("policy", ADAM)
+    after = await trainer.forward_backward("policy", samples, surrogate)
+    found.append(
+        Life(losses, norms, metrics, logprobs, base_logprobs, weights, other_losses, float(after["loss"]), skipped)
+    )
+
+
+RunTrainer = Callable[[RankTrainer, Callable[[], Awaitable[None]]], None]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunTrainer]:
+    """(trainer, function) -> calls the function while the trainer is there. Megatron's share their processes; what stands in
+    for CUDA there is not for transformers."""
+    num_ranks = torch.cuda.device_count() or 4
+    spec = RankSpec(SuccessiveRank, log_path=tmp_path_factory.mktemp("ranks") / "log")
+    ranks = Ranks([spec] * num_ranks)
+
+    async def call(trainer: RankTrainer, function: Callable[[], Awaitable[None]]) -> None:
+        if isinstance(trainer, MegatronTrainer):
+            trainer._ranks = BorrowedRanks(ranks, trainer._ranks._specs)  # type: ignore[assignment]
+        async with trainer:
+            await function()
+
+    with anyio.from_thread.start_blocking_portal() as portal, portal.wrap_async_context_manager(ranks):
+        yield partial(portal.call, call)
 
 
 Lives = Callable[[str, str], tuple[Life, Path]]
 
 
 @pytest.fixture(scope="module")
-def lives(folders: dict[str, Path], samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Lives:
-    """(model, layout, or `peft`) -> what it found, and the folder that it saved; each is started once."""
+def lives(
+    run: RunTrainer, folders: dict[str, Path], samples: list[Sample], tmp_path_factory: pytest.TempPathFactory
+) -> Lives:
+    """(model, layout, or `peft`) -> what it found, and the folder that it saved."""
 
     @cache
     def get(model: str, layout: str) -> tuple[Life, Path]:
         folder, found = tmp_path_factory.mktemp("saved"), []
         events = Events(folder / "events.jsonl")
-        anyio.run(live, make_trainer(folders[model], LAYOUTS.get(layout), events=events), samples, folder, found)
+        trainer = make_trainer(folders[model], LAYOUTS.get(layout), events=events)
+        run(trainer, partial(live, trainer, samples, folder, found))
         events.close()
         return found[0], folder
 
@@ -248,55 +273,55 @@ def assert_same_logprobs(model: Any, samples: list[Sample], expected: NDArray[np
     np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("saved", "layout"), [("TP2", "PP2"), ("peft", "TP2")])
+@pytest.mark.parametrize(("saved", "layout"), [("TP2", "PP2"), ("peft", "TP2"), ("TP2", "peft")])
 def test_goes_on_from_what_another_layout_or_trainer_saved(
-    lives: Lives, folders: dict[str, Path], samples: list[Sample], saved: str, layout: str
+    run: RunTrainer, lives: Lives, folders: dict[str, Path], samples: list[Sample], saved: str, layout: str
 ) -> None:
     life, folder = lives("qwen2", saved)
+    trainer = make_trainer(folders["qwen2"], LAYOUTS.get(layout))
     found = []
 
     async def go_on() -> None:
-        async with make_trainer(folders["qwen2"], LAYOUTS.get(layout)) as trainer:
-            await trainer.create_adapter("policy", LORA)
-            await trainer.load("policy", folder)
-            for _ in range(2):
-                metrics = await trainer.forward_backward("policy", samples, surrogate)
-                await trainer.optim_step("policy", ADAM)
-            found.append(metrics["loss"])
+        await trainer.create_adapter("policy", LORA)
+        await trainer.load("policy", folder)
+        for _ in range(2):
+            metrics = await trainer.forward_backward("policy", samples, surrogate)
+            await trainer.optim_step("policy", ADAM)
+        found.append(metrics["loss"])
 
-    anyio.run(go_on)
+    run(trainer, go_on)
     assert relative(found, [life.next_loss]) <= 1e-5
 
 
-def with_more(trainer: RankTrainer, **options: Any) -> RankTrainer:
+def showing(trainer: RankTrainer, layer: str = "FastLayer") -> RankTrainer:
     specs = trainer._ranks._specs
-    arguments = specs[0].factory.keywords  # type: ignore[attr-defined]
-    trainer._ranks._specs = [replace(spec, factory=partial(Rank, **arguments, **options)) for spec in specs]
+    factory = partial(ShowingRank, layer=layer, **specs[0].factory.keywords)  # type: ignore[attr-defined]
+    trainer._ranks._specs = [replace(spec, factory=factory) for spec in specs]
     return trainer
 
 
 def test_imports_an_adapter_of_pefts_and_merges_it(
-    folders: dict[str, Path], samples: list[Sample], tmp_path: Path
+    run: RunTrainer, folders: dict[str, Path], samples: list[Sample], tmp_path: Path
 ) -> None:
     """No optimizer's state lies beside it, so there is none to load."""
     torch.manual_seed(1)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(LORA.targets), init_lora_weights=False)
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folders["qwen2"], dtype=torch.float32), config)
     model.save_pretrained(tmp_path / "adapter")
+    trainer = showing(make_trainer(folders["qwen2"], LAYOUTS["TP2"]))
     found: list[Any] = []
     merged: dict[str, Tensor] = {}
 
     async def load() -> None:
-        async with with_more(make_trainer(folders["qwen2"], LAYOUTS["TP2"])) as trainer:
-            await trainer.create_adapter("policy", LORA)
-            await trainer.load("policy", tmp_path)
-            found.extend(await trainer.logprobs("policy", samples))
-            merged.update(await trainer._ranks.call("merged", "policy"))
-            await trainer.create_adapter("other", OTHER)
-            with pytest.raises(TrainerError, match=r"does not fit adapter 'other'"):
-                await trainer.load("other", tmp_path)
+        await trainer.create_adapter("policy", LORA)
+        await trainer.load("policy", tmp_path)
+        found.extend(await trainer.logprobs("policy", samples))
+        merged.update(await trainer._ranks.call("merged", "policy"))
+        await trainer.create_adapter("other", OTHER)
+        with pytest.raises(TrainerError, match=r"does not fit adapter 'other'"):
+            await trainer.load("other", tmp_path)
 
-    anyio.run(load)
+    run(trainer, load)
     assert_same_logprobs(model, samples, np.concatenate(found))
     expected = model.merge_and_unload().state_dict()
     expected.pop("lm_head.weight")  # tied
@@ -307,11 +332,11 @@ def test_imports_an_adapter_of_pefts_and_merges_it(
 
 
 def test_fast_layer_is_megatrons_layer(
-    lives: Lives, folders: dict[str, Path], samples: list[Sample], tmp_path: Path
+    run: RunTrainer, lives: Lives, folders: dict[str, Path], samples: list[Sample], tmp_path: Path
 ) -> None:
     found: list[Life] = []
-    trainer = with_more(make_trainer(folders["qwen2"], LAYOUTS["1x1"]), layer="TransformerLayer")
-    anyio.run(live, trainer, samples, tmp_path, found)
+    trainer = showing(make_trainer(folders["qwen2"], LAYOUTS["1x1"]), layer="TransformerLayer")
+    run(trainer, partial(live, trainer, samples, tmp_path, found))
     fast, _ = lives("qwen2", "1x1")
     assert relative(found[0].losses, fast.losses) <= 1e-5
     assert relative(found[0].norms, fast.norms) <= 1e-5
@@ -388,17 +413,17 @@ def test_every_rank_writes_its_passes(lives: Lives, layout: str) -> None:
     ids=["rotary embeddings", "sliding window"],
 )
 def test_refuses_what_it_would_compute_wrongly(
-    samples: list[Sample], tmp_path: Path, config: Qwen2Config, message: str
+    run: RunTrainer, samples: list[Sample], tmp_path: Path, config: Qwen2Config, message: str
 ) -> None:
     Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    trainer = make_trainer(tmp_path, LAYOUTS["1x1"])
 
     async def train() -> None:
-        async with make_trainer(tmp_path, LAYOUTS["1x1"]) as trainer:
-            await trainer.create_adapter("policy", LORA)
-            await trainer.forward_backward("policy", samples, surrogate)
+        await trainer.create_adapter("policy", LORA)
+        await trainer.forward_backward("policy", samples, surrogate)
 
     with pytest.raises(TrainerError, match=message):
-        anyio.run(train)
+        run(trainer, train)
 
 
 def test_saved_state_is_in_pefts_names(lives: Lives) -> None:
