@@ -87,8 +87,11 @@ def pack(samples: Sequence[Sample], max_tokens: int, *, share_prefixes: bool = T
     """
     units = [unit for group in _groups(samples, share_prefixes) for unit in _split(group, max_tokens)]
     bins = _best_fit([unit.num_tokens for unit in units], max_tokens)
+    if not bins:
+        return []
+    tokens = np.concatenate([sample.tokens for sample in samples], dtype=np.int64)
     offsets = np.cumsum([0] + [len(sample.tokens) for sample in samples])
-    return [_lay_out(samples, offsets, [units[index] for index in indices]) for indices in bins]
+    return [_lay_out(tokens, offsets, [units[index] for index in indices]) for indices in bins]
 
 
 def _groups(samples: Sequence[Sample], share_prefixes: bool) -> list[list[_Piece]]:
@@ -130,50 +133,49 @@ def _best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _lay_out(samples: Sequence[Sample], offsets: IndexArray, units: Sequence[_Unit]) -> Microbatch:
-    tokens: list[NDArray[np.int32]] = []
-    positions: list[IndexArray] = []
-    starts: list[int] = []
-    prefixes: list[int] = []
-    hidden_index: list[IndexArray] = []
-    loss_index: list[IndexArray] = []
-    targets: list[NDArray[np.int32]] = []
+def _lay_out(tokens: IndexArray, offsets: IndexArray, units: Sequence[_Unit]) -> Microbatch:
+    """`tokens` are those of all samples, and each sample's begin at its offset."""
+    segments: list[
+        tuple[int, int, int, int, int]
+    ] = []  # sample, its first token and its last + 1, prefix, start in the row
+    pieces: list[tuple[_Piece, int, int]] = []  # where the prefix and its own tokens start in the row
     num_tokens = 0
 
-    def append(sample: Sample, begin: int, end: int, prefix: int) -> int:
-        """-> index of the segment's first token."""
+    def append(sample: int, begin: int, end: int, prefix: int) -> int:
         nonlocal num_tokens
-        tokens.append(sample.tokens[begin:end])
-        positions.append(np.arange(begin, end))
-        starts.append(num_tokens)
-        prefixes.append(prefix)
+        segments.append((sample, begin, end, prefix, num_tokens))
         num_tokens += end - begin
-        return starts[-1]
+        return num_tokens - (end - begin)
 
     for unit in units:
         first = unit.pieces[0]
         alone = len(unit.pieces) == 1
-        prefix = len(starts)
-        prefix_start = append(samples[first.index], 0, first.end if alone else first.split, -1)
+        prefix = len(segments)
+        prefix_start = append(first.index, 0, first.end if alone else first.split, -1)
         for piece in unit.pieces:
-            sample = samples[piece.index]
             own_start = prefix_start + piece.split
             if not alone and piece.num_own:
-                own_start = append(sample, piece.split, piece.end, prefix)
-            predicting = piece.loss_positions - 1
-            shared = predicting < piece.split  # the last token of the prefix
-            hidden_index.append(np.where(shared, prefix_start + predicting, own_start + predicting - piece.split))
-            loss_index.append(offsets[piece.index] + piece.loss_positions)
-            targets.append(sample.tokens[piece.loss_positions])
+                own_start = append(piece.index, piece.split, piece.end, prefix)
+            pieces.append((piece, prefix_start, own_start))
 
-    order = np.argsort(flat := np.concatenate(loss_index))
+    index, begins, segment_ends, prefixes, starts = np.array(segments).T
+    lengths = segment_ends - begins
+    positions = np.arange(num_tokens) + np.repeat(begins - starts, lengths)
+
+    pieces.sort(key=lambda each: each[0].index)
+    predicting = np.concatenate([piece.loss_positions for piece, _, _ in pieces]) - 1
+    table = [(piece.split, prefix_start, own_start, offsets[piece.index]) for piece, prefix_start, own_start in pieces]
+    counts = [len(piece.loss_positions) for piece, _, _ in pieces]
+    split, prefix_start_of, own_start_of, offset = np.repeat(np.array(table), counts, axis=0).T
+    is_shared = predicting < split  # the last token of the prefix
+    loss_index = offset + predicting + 1
     return Microbatch(
-        tokens=np.concatenate(tokens).astype(np.int64),
-        positions=np.concatenate(positions),
-        segment_starts=np.array(starts),
-        segment_lengths=np.diff(starts, append=num_tokens),
-        segment_prefixes=np.array(prefixes),
-        hidden_index=np.concatenate(hidden_index)[order],
-        targets=np.concatenate(targets).astype(np.int64)[order],
-        loss_index=flat[order],
+        tokens=tokens[np.repeat(offsets[index], lengths) + positions],
+        positions=positions,
+        segment_starts=starts,
+        segment_lengths=lengths,
+        segment_prefixes=prefixes,
+        hidden_index=predicting + np.where(is_shared, prefix_start_of, own_start_of - split),
+        targets=tokens[loss_index],
+        loss_index=loss_index,
     )

@@ -13,6 +13,7 @@ from rlloop.config import TrainerSettings
 from rlloop.errors import TrainerError
 from rlloop.events import Events
 from rlloop.trainer import AdapterWriter, Head, Loss
+from rlloop.trainer.flat import Flat
 from rlloop.trainer.ranks import Ranks, RankSpec
 from rlloop.types import AdamConfig, AdapterTicket, FloatArray, LoraConfig, Metrics, OptimResult, Sample
 
@@ -82,7 +83,7 @@ class RankTrainer(ABC):
     async def forward_backward(self, name: str, samples: Sequence[Sample], loss: Loss) -> Metrics:
         """Add the gradient of the loss over the samples, in microbatches under the token budget, to the adapter's."""
         with self._events.span("forward_backward", "trainer", num_samples=len(samples)):
-            metrics: Metrics = await self._ranks.call("forward_backward", name, samples, loss)
+            metrics: Metrics = await self._ranks.call("forward_backward", name, Flat(samples), loss)
         return metrics
 
     async def optim_step(self, name: str, adam: AdamConfig) -> OptimResult:
@@ -94,7 +95,7 @@ class RankTrainer(ABC):
     async def logprobs(self, name: str | None, samples: Sequence[Sample]) -> list[FloatArray]:
         """Per sample [T], 0 where `loss_mask` is false; `None` names the frozen base."""
         with self._events.span("logprobs", "trainer", num_samples=len(samples)):
-            logprobs: list[FloatArray] = await self._ranks.call("logprobs", name, samples)
+            logprobs: list[FloatArray] = await self._ranks.call("logprobs", name, Flat(samples))
         return logprobs
 
     async def export_adapter(self, name: str) -> AdapterTicket:

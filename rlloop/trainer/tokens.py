@@ -14,7 +14,7 @@ from torch import Tensor
 from rlloop.batching import Microbatch
 from rlloop.errors import TrainerError
 from rlloop.trainer import TokenBatch
-from rlloop.types import FloatArray, Metrics, Sample
+from rlloop.types import Metrics, Sample
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -24,26 +24,31 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 class Columns:
-    """The samples' per-token arrays, each as one array over all of their tokens, as `Microbatch.loss_index` counts.
+    """The samples' per-token arrays, each over all of their tokens, as `Microbatch.loss_index` counts.
 
     Raises TrainerError when an optional one is there for some of the samples only.
     """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
-        self._columns: dict[str, FloatArray | None] = {}
+        self._missing: list[str] = []
+        self._names: list[str] = []
+        rows = []
         for key in ("advantages", "loss_weights", "rollout_logprobs", "old_logprobs", "ref_logprobs"):
             arrays = [getattr(sample, key) for sample in samples]
             missing = [array is None for array in arrays]
             if any(missing) and not all(missing):
                 raise TrainerError(f"{key}: give it for every sample of a batch or for none")
-            self._columns[key] = None if not arrays or missing[0] else np.concatenate(arrays, dtype=np.float32)
+            if not arrays or missing[0]:
+                self._missing.append(key)
+            else:
+                self._names.append(key)
+                rows.append(np.concatenate(arrays, dtype=np.float32))
+        self._rows = np.stack(rows) if rows else np.empty((0, 0), dtype=np.float32)
 
     def of(self, microbatch: Microbatch, device: torch.device) -> dict[str, Tensor | None]:
         """Those of a microbatch's loss tokens, [N] each: the fields of a TokenBatch but its entropy."""
-        return {
-            key: None if column is None else to_device(column[microbatch.loss_index], device)
-            for key, column in self._columns.items()
-        }
+        rows = to_device(self._rows[:, microbatch.loss_index], device)
+        return dict(zip(self._names, rows.unbind(), strict=True)) | dict.fromkeys(self._missing)
 
 
 class Totals:
@@ -53,9 +58,8 @@ class Totals:
         self.num_tokens = 0
         self.num_computed_tokens = 0
         self._names: tuple[str, ...] = ()
-        self._losses: list[Tensor] = []
-        self._sums: list[Tensor] = []
-        self._maxima: list[Tensor] = []
+        self._rows: list[Tensor] = []
+        """Of each microbatch: its loss, the sum of each metric, the maximum of each."""
 
     def add(
         self,
@@ -70,27 +74,24 @@ class Totals:
         values = {"entropy": tokens.entropy, "sampler_logprob_diff": difference, **metrics}
         self._names = tuple(values)
         stacked = torch.stack([tensor.detach().float() for tensor in values.values()])
-        self._losses.append(loss.detach().float())
-        self._sums.append(stacked.sum(dim=1))
-        self._maxima.append(stacked.amax(dim=1))
+        self._rows.append(torch.cat([loss.detach().float().view(1), stacked.sum(dim=1), stacked.amax(dim=1)]))
         self.num_tokens += len(microbatch.targets)
         self.num_computed_tokens += len(microbatch.tokens)
 
     def summary(self) -> Summary:
         """Waits for the device."""
-        if not self._losses:
+        if not self._rows:
             return Summary()
-        sums = torch.stack(self._sums).double().sum(dim=0)
-        maxima = torch.stack(self._maxima).double().amax(dim=0)
-        loss = torch.stack(self._losses).double().sum(dim=0, keepdim=True)
-        values = torch.cat([loss, sums, maxima]).tolist()
+        rows = torch.stack(self._rows).cpu().numpy()
         num_names = len(self._names)
+        loss, *sums = rows[:, : num_names + 1].sum(axis=0, dtype=np.float64).tolist()
+        maxima = rows[:, num_names + 1 :].max(axis=0).tolist()
         return Summary(
-            loss=values[0],
+            loss=loss,
             num_tokens=self.num_tokens,
             num_computed_tokens=self.num_computed_tokens,
-            sums=dict(zip(self._names, values[1 : num_names + 1], strict=True)),
-            maxima=dict(zip(self._names, values[num_names + 1 :], strict=True)),
+            sums=dict(zip(self._names, sums, strict=True)),
+            maxima=dict(zip(self._names, maxima, strict=True)),
         )
 
 

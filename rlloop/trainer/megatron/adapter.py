@@ -123,8 +123,10 @@ class Adapter:
         square = cut.square().sum()
         if groups.tp_rank == 0:
             square += whole.square().sum()
-        dist.all_reduce(square, group=groups.model)
-        return math.sqrt(square) if bool(square.isfinite()) else math.nan
+        if groups.model.size() > 1:
+            dist.all_reduce(square, group=groups.model)
+        total = float(square)
+        return math.sqrt(total) if math.isfinite(total) else math.nan
 
     @torch.no_grad()
     def step(self, adam: AdamConfig, grad_norm: float) -> None:

@@ -133,7 +133,8 @@ class FastLayer(TransformerLayer):
             row.rotation = angles.cos(), angles.sin()
         eps = self.config.layernorm_epsilon
         x = hidden_states[:, 0]
-        fused = attention.linear_qkv.product(_segment(norm, x)(x, self.input_layernorm.weight, eps))
+        x, normed = _Norm.apply(x, None, self.input_layernorm.weight, eps)
+        fused = attention.linear_qkv.product(normed)
         query, key, value = _segment(split_and_rotate, x)(
             fused,
             *row.rotation,
@@ -144,9 +145,7 @@ class FastLayer(TransformerLayer):
             eps,
         )
         attended = attention.core_attention(query, key, value, packed_seq_params=row)
-        x, normed = _segment(add_norm, x)(
-            x, attention.linear_proj.product(attended), self.pre_mlp_layernorm.weight, eps
-        )
+        x, normed = _Norm.apply(x, attention.linear_proj.product(attended), self.pre_mlp_layernorm.weight, eps)
         x = x + mlp.linear_fc2.product(_SwiGLU.apply(mlp.linear_fc1.product(normed)))
         # A pipeline stage frees what it has sent, which Megatron refuses to do to a view.
         out = make_viewless_tensor(inp=x[:, None], requires_grad=x.requires_grad, keep_graph=True)
@@ -163,6 +162,15 @@ def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
     """x + y, and its norm."""
     total = x + y
     return total, norm(total, weight, eps)
+
+
+def norm_backward(d_total: Tensor, d_normed: Tensor, total: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The gradient of the norm's input, and of the residual beside it."""
+    wide, d_unit = total.float(), (d_normed * weight).float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    unit = wide * scale
+    d_input = scale * (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True))
+    return (d_total.float() + d_input).to(total.dtype)
 
 
 def split_and_rotate(
@@ -205,6 +213,26 @@ def swiglu_backward(dy: Tensor, x: Tensor, dx: Tensor) -> None:
     sigmoid = gate.sigmoid()
     d_gate.copy_(wide * up * sigmoid * (1 + gate * (1 - sigmoid)))
     d_up.copy_(wide * gate * sigmoid)
+
+
+class _Norm(torch.autograd.Function):
+    """x, y [T, C] -> x + y (x, where there is no y), and its norm; the norm's weight is frozen. Autograd would add up the
+    gradients of the two in passes of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total, normed = (
+            (x, _segment(norm, x)(x, weight, eps)) if y is None else _segment(add_norm, x)(x, y, weight, eps)
+        )
+        ctx.save_for_backward(total, weight)
+        ctx.eps, ctx.is_sum = eps, y is not None
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor, d_normed: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        total, weight = ctx.saved_tensors
+        dx = _segment(norm_backward, total)(d_total, d_normed, total, weight, ctx.eps)
+        return dx, dx if ctx.is_sum else None, None, None
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -95,14 +95,13 @@ class Schedule:
             index, microbatch = next(data)
             inner = _inner(chunk)
             place = {"microbatch": index, "chunk": inner.vp_stage or 0}
-            work = self._prepare(microbatch, columns) if inner.post_process else None
             with self._trace.span("forward", **place):
                 hidden = self._body(microbatch, inner, adapter)
-            if work is None:
+            if not inner.post_process:
                 self._trace.backward(hidden, **place)
 
             def loss(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-                assert work is not None
+                work = self._prepare(microbatch, columns)  # while the device computes the body
                 with self._trace.span("head", **place):
                     logprobs, entropy = self._head(hidden, work)
                     value = on_logprobs(logprobs, entropy, work) if len(logprobs) else logprobs.sum()
