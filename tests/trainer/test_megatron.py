@@ -36,6 +36,7 @@ from rlloop.errors import ConfigError, TrainerError
 from rlloop.events import Events
 from rlloop.tracking import jsonl
 from rlloop.trainer.megatron import MegatronTrainer
+from rlloop.trainer.megatron.stages import share_layers
 from rlloop.trainer.peft import PeftTrainer
 from rlloop.trainer.rank_trainer import RankTrainer
 from rlloop.trainer.ranks import Ranks, RankSpec
@@ -52,14 +53,14 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 98,
     "hidden_size": 64,
     "intermediate_size": 160,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 5,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "initializer_range": 0.1,
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-"""Divides by 2 and 4."""
+"""Divides by 2 and 4, but for the layers."""
 LAYOUTS = {
     "1x1": MegatronSettings(),
     "TP2": MegatronSettings(tensor_parallel=2),
@@ -73,7 +74,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny models whose heads, layers and vocabulary divide by 2 and 4; biases and norms are random, too."""
+    """Tiny models whose heads and vocabulary divide by 2 and 4; biases and norms are random, too."""
     found = {}
     for name, model_class, config in [
         ("qwen2", Qwen2ForCausalLM, Qwen2Config(**SHAPE, tie_word_embeddings=True)),
@@ -361,8 +362,7 @@ def test_a_rank_that_dies_ends_the_call_with_its_number(folders: dict[str, Path]
     [
         ({"tensor_parallel": 3}, r"tensor-parallel 3: .*8 attention heads"),
         ({"tensor_parallel": 8}, r"tensor-parallel 8: .*4 key-value heads"),
-        ({"pipeline_parallel": 3}, r"pipeline-parallel 3: .*4 layers"),
-        ({"pipeline_parallel": 2, "virtual_stages": 4}, r"virtual-stages 4: .*2 layers of a stage"),
+        ({"pipeline_parallel": 2, "virtual_stages": 3}, r"virtual-stages 3: expected at least 6 layers, got .* 5"),
     ],
 )
 def test_refuses_what_does_not_divide_before_any_process_starts(
@@ -370,6 +370,14 @@ def test_refuses_what_does_not_divide_before_any_process_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_trainer(folders["qwen2"], MegatronSettings(**layout))
+
+
+def test_stages_share_the_layers_and_the_head() -> None:
+    assert share_layers(5, 2, head_cost=0.1) == [3, 2]
+    assert share_layers(32, 2, head_cost=1.6) == [17, 15]  # 17 against 16.6
+    assert share_layers(32, 4, head_cost=1.6) == [9, 8, 8, 7]
+    assert share_layers(4, 4, head_cost=9.0) == [1, 1, 1, 1]
+    assert share_layers(30, 2, head_cost=40.0) == [29, 1]
 
 
 @pytest.mark.parametrize("layout", ["1x1", "PP2", "PP2, interleaved"])

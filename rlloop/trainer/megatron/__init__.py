@@ -4,18 +4,17 @@ parallel   groups of ranks              model      Hugging Face name -> Megatron
 lora       linear layers                layer      the transformer layer
 adapter    one adapter's buffers        schedule   microbatches through the pipeline
 graph      CUDA graphs of all layers    trace      spans of each rank in events.jsonl
-compat     what upstream lacks          rank       the Trainer's methods, in each rank
+stages     what each rank gets          compat     what upstream lacks
+rank       the Trainer's methods, in each rank
 """
 
 from __future__ import annotations
 
-import json
 import socket
 from functools import partial
 from pathlib import Path
 
-from rlloop.config import MegatronSettings
-from rlloop.errors import ConfigError
+from rlloop.trainer.megatron.stages import check_divisible
 from rlloop.trainer.rank_trainer import RankArguments, RankTrainer
 from rlloop.trainer.ranks import RankContext, RankSpec
 
@@ -30,34 +29,6 @@ class MegatronTrainer(RankTrainer):
             _build, arguments=arguments, address=f"127.0.0.1:{_free_port()}", events_path=self._events.path
         )
         return [RankSpec(factory, part, log_path) for part in _divide(cores, layout.num_ranks)]
-
-
-def check_divisible(model: str, settings: MegatronSettings) -> None:
-    """Raise ConfigError where the ranks cannot share this model out; it reads the folder's config.json."""
-    config = json.loads((Path(model) / "config.json").read_text())
-    tensor, pipeline = "--trainer.megatron.tensor-parallel", "--trainer.megatron.pipeline-parallel"
-    wanted = [
-        (tensor, settings.tensor_parallel, "num_attention_heads", "attention heads"),
-        (tensor, settings.tensor_parallel, "num_key_value_heads", "key-value heads"),
-        (tensor, settings.tensor_parallel, "intermediate_size", "intermediate features"),
-        (tensor, settings.tensor_parallel, "vocab_size", "vocabulary entries"),
-        (pipeline, settings.pipeline_parallel, "num_hidden_layers", "layers"),
-    ]
-    for flag, size, key, what in wanted:
-        count = config.get(key) or (config.get("num_attention_heads") if key == "num_key_value_heads" else None)
-        if count is None:
-            raise ConfigError(
-                f"--trainer.kind megatron: expected a dense decoder, whose config.json has {key}, got {model}; "
-                "use --trainer.kind peft"
-            )
-        if count % size:
-            raise ConfigError(f"{flag} {size}: expected a divisor of the model's {count} {what}")
-    per_stage = config["num_hidden_layers"] // settings.pipeline_parallel
-    if per_stage % settings.virtual_stages:
-        raise ConfigError(
-            f"--trainer.megatron.virtual-stages {settings.virtual_stages}: expected a divisor of the {per_stage} layers of "
-            f"a stage (the model's {config['num_hidden_layers']} layers / pipeline-parallel {settings.pipeline_parallel})"
-        )
 
 
 def _divide(cores: frozenset[int] | None, num_ranks: int) -> list[frozenset[int] | None]:

@@ -19,6 +19,7 @@ from rlloop.trainer.megatron.adapter import AdaptableLayer, Projection
 from rlloop.trainer.megatron.layer import FastLayer, PackedAttention, RMSNorm, rotate_by_token
 from rlloop.trainer.megatron.lora import LoraColumnLinear, LoraLinear, LoraRowLinear
 from rlloop.trainer.megatron.parallel import Groups
+from rlloop.trainer.megatron.stages import share_layers
 
 from megatron.bridge import AutoBridge  # isort: skip
 from megatron.bridge.models.conversion.param_mapping import AutoMapping, GatedMLPMapping, QKVMapping  # isort: skip
@@ -84,6 +85,7 @@ def build_model(
         # Interleaved stages of varying lengths: otherwise shapes of different microbatches meet.
         "overlap_p2p_comm": settings.virtual_stages > 1,
         "batch_p2p_comm": settings.virtual_stages == 1,
+        "pipeline_model_parallel_layout": _pipeline_layout(provider, groups.pp_size, settings.virtual_stages),
         "sequence_parallel": settings.sequence_parallel,
         "transformer_layer_spec": _block_spec,
         "attention_backend": AttnBackend.auto,  # any other puts a core attention of Megatron's in place of ours
@@ -130,6 +132,20 @@ def build_model(
         num_weights=sum(adaptable.layer.weight.numel() for adaptable in layers),
         head=head,
     )
+
+
+def _pipeline_layout(config: Any, num_stages: int, virtual_stages: int) -> list[list[str]] | None:
+    """Which layers each chunk has, in the order of the model; None: all in one."""
+    num_chunks = num_stages * virtual_stages
+    if num_chunks == 1:
+        return None
+    size, heads = config.hidden_size, config.num_attention_heads
+    head_size, num_groups = config.kv_channels or size // heads, config.num_query_groups or heads
+    layer = 2 * size * head_size * (heads + num_groups) + 3 * size * config.ffn_hidden_size
+    # Two thirds: prompts do not go through the head.
+    counts = share_layers(config.num_layers, num_chunks, head_cost=size * config.vocab_size / layer * 2 / 3)
+    chunks = [["decoder"] * count for count in counts]
+    return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], "loss"]]
 
 
 def _check(bridge: Any, chunks: list[Any], config: Any, groups: Groups) -> None:
