@@ -35,10 +35,11 @@ STEPS = 4
 
 
 async def trace(folder: Path, shape: Shape, layout: MegatronSettings, num_microbatches: int, path: Path) -> None:
-    """Several steps, after two to warm up; each sample is a microbatch."""
-    samples = make_samples(shape, [shape.length] * num_microbatches)
+    """Several steps, after two to warm up."""
+    samples = make_samples(shape, [shape.length] * shape.num_samples * num_microbatches)
+    max_tokens = shape.num_samples * shape.length
     events = Events(path)
-    settings = TrainerSettings(kind="megatron", max_tokens_per_microbatch=shape.length, megatron=layout)
+    settings = TrainerSettings(kind="megatron", max_tokens_per_microbatch=max_tokens, megatron=layout)
     async with MegatronTrainer(
         str(folder),
         dtype="bfloat16" if torch.cuda.is_available() else "float32",
@@ -139,7 +140,7 @@ def main() -> None:
                 }
             )
             pictures[f"{name}: {measured:.0%} of the time is computed, bound {bound:.0%}"] = steps[-1]
-        report.table(f"{arguments.shape}: microbatches of {shape.length} tokens", rows)
+        report.table(f"{arguments.shape}: microbatches of {shape.num_samples} x {shape.length} tokens", rows)
         RESULTS.mkdir(exist_ok=True)
         draw(pictures, RESULTS / "pipeline.png")
         report.write()

@@ -57,6 +57,7 @@ class SuccessiveRank:
         from rlloop.trainer.megatron.parallel import parallel_state
 
         self._rank = None
+        torch.compiler.reset()  # or it would compile for the sizes of every model that was there
         parallel_state.destroy_model_parallel()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
