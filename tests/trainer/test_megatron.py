@@ -28,6 +28,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from megatron_ranks import BorrowedRanks, ShowingRank, SuccessiveRank, Writer, infinite, surrogate
@@ -46,6 +48,7 @@ pytestmark = pytest.mark.timeout(300)
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 OTHER = LoraConfig(rank=2, alpha=2.0, targets=("q_proj", "down_proj"), seed=5)
+OF_ATTENTION = replace(LORA, targets=("q_proj", "k_proj", "v_proj", "o_proj")), replace(OTHER, targets=("o_proj",))
 # With the usual eps, a weight whose gradient is rounding noise moves by a whole learning rate.
 ADAM = AdamConfig(lr=3e-3, eps=1e-4, weight_decay=0.1, max_grad_norm=0.5)
 TEMPERATURE = 0.8
@@ -61,6 +64,14 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 1,
 }
 """Divides by 2 and 4, but for the layers."""
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+}
 LAYOUTS = {
     "1x1": MegatronSettings(),
     "TP2": MegatronSettings(tensor_parallel=2),
@@ -79,6 +90,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, model_class, config in [
         ("qwen2", Qwen2ForCausalLM, Qwen2Config(**SHAPE, tie_word_embeddings=True)),
         ("qwen3", Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False)),
+        ("experts", Qwen3MoeForCausalLM, Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=16, tie_word_embeddings=False)),
     ]:
         torch.manual_seed(0)
         model = model_class(config)
@@ -132,9 +144,15 @@ class Life:
     nonfinite_was_skipped: bool
 
 
-async def live(trainer: RankTrainer, samples: list[Sample], folder: Path, found: list[Life]) -> None:
-    await trainer.create_adapter("policy", LORA)
-    await trainer.create_adapter("other", OTHER)
+async def live(
+    trainer: RankTrainer,
+    samples: list[Sample],
+    folder: Path,
+    found: list[Life],
+    loras: tuple[LoraConfig, LoraConfig] = (LORA, OTHER),
+) -> None:
+    await trainer.create_adapter("policy", loras[0])
+    await trainer.create_adapter("other", loras[1])
     losses, norms, other_losses = [], [], []
     for _ in range(3):
         metrics = await trainer.forward_backward("policy", samples, surrogate)
@@ -193,7 +211,8 @@ def lives(
         folder, found = tmp_path_factory.mktemp("saved"), []
         events = Events(folder / "events.jsonl")
         trainer = make_trainer(folders[model], LAYOUTS.get(layout), events=events)
-        run(trainer, partial(live, trainer, samples, folder, found))
+        loras = OF_ATTENTION if model == "experts" else (LORA, OTHER)
+        run(trainer, partial(live, trainer, samples, folder, found, loras))
         events.close()
         return found[0], folder
 
@@ -224,7 +243,7 @@ def relative(found: list[float], expected: list[float]) -> float:
 
 
 # Llama's layers are those of SmolLM2, which tests/real trains.
-CASES = [*(("qwen2", layout) for layout in LAYOUTS), ("qwen3", "1x1")]
+CASES = [*(("qwen2", layout) for layout in LAYOUTS), ("qwen3", "1x1"), ("experts", "1x1"), ("experts", "PP2")]
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)

@@ -37,6 +37,7 @@ def wants_graphs(settings: TrainerSettings, groups: Groups, model: Model, dtype:
         "float32": dtype == torch.float32,
         "several ranks that share a model": groups.tp_size * groups.pp_size > 1,
         "gradient_checkpointing": settings.gradient_checkpointing,
+        "Megatron's own layers": not model.is_fast,
     }
     obstacle = next((name for name, applies in obstacles.items() if applies), None)
     if obstacle and wish == "on":

@@ -37,7 +37,11 @@ from megatron.core.transformer.transformer_block import (  # isort: skip
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # isort: skip
+from megatron.core.transformer.transformer_layer import (  # isort: skip
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from megatron.core.utils import get_attr_wrapped_model  # isort: skip
 
 _log = logging.getLogger(__name__)
@@ -55,7 +59,7 @@ class Model:
     config: Any
     layers: tuple[AdaptableLayer, ...]
     num_weights: int
-    """Entries of its linear layers, embedding and head excluded."""
+    """Of its layers, as many as a token is multiplied with."""
     head: Tensor | None
     """[vocabulary / tensor-parallel ranks, C], on the last stage."""
 
@@ -63,6 +67,11 @@ class Model:
     def targets(self) -> set[str]:
         """What an adapter can be put on."""
         return {projection.target for layer in self.layers for projection in layer.projections}
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether all layers are FastLayer."""
+        return all(isinstance(layer, FastLayer) for chunk in self.chunks for layer in _inner(chunk).decoder.layers)
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The base weights by Hugging Face names, whole on every rank, one at a time. Every rank must exhaust it."""
@@ -104,6 +113,10 @@ def build_model(
         "persist_layer_norm": False,
         "moe_permute_fusion": False,
         "moe_grouped_gemm": False,
+        # The router is frozen: a loss that balances experts would only pull at the hidden states.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": None,
     }
     if recompute:
         overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -129,7 +142,7 @@ def build_model(
         chunks=chunks,
         config=provider,
         layers=layers,
-        num_weights=sum(adaptable.layer.weight.numel() for adaptable in layers),
+        num_weights=sum(_num_weights(chunk, provider) for chunk in chunks),
         head=head,
     )
 
@@ -155,7 +168,7 @@ def _check(bridge: Any, chunks: list[Any], config: Any, groups: Groups) -> None:
     unsupported = {
         f"a model class of its own ({type(inner[0]).__name__})": type(inner[0]) is not GPTModel,
         f"a head of its own ({type(head).__name__})": head is not None and type(head) is not ColumnParallelLinear,
-        "experts": bool(config.num_moe_experts),
+        "experts on several tensor-parallel ranks": bool(config.num_moe_experts) and groups.tp_size > 1,
         "norms whose weights count from zero": config.layernorm_zero_centered_gamma,
         "softcapped attention": bool(getattr(config, "attn_logit_softcapping", None)),
         "attention sinks": config.softmax_type != "vanilla",
@@ -242,20 +255,39 @@ class _Spec(LocalSpecProvider):
         return RMSNorm if rms_norm else super().layer_norm(rms_norm, for_qk, has_residual)
 
 
+def _num_weights(chunk: Any, config: Any) -> int:
+    """What a token is multiplied with in a chunk's layers."""
+    total = 0.0
+    for name, module in _inner(chunk).decoder.named_modules():
+        if isinstance(module, LoraLinear):
+            is_expert = ".experts." in name
+            total += module.weight.numel() * (config.moe_router_topk / config.num_moe_experts if is_expert else 1)
+    return int(total)
+
+
 def _block_spec(config: Any, vp_stage: int | None = None) -> ModuleSpec:
     """The layers of one chunk."""
-    layers = [_layer_spec(config)] * get_num_layers_to_build(config, vp_stage)
+    first = get_transformer_layer_offset(config, vp_stage)
+    sparse = [_is_sparse(config, first + index) for index in range(get_num_layers_to_build(config, vp_stage))]
+    specs = {is_sparse: _layer_spec(config, is_sparse) for is_sparse in sorted(set(sparse))}
+    layers = [specs[is_sparse] for is_sparse in sparse]
     norm = _Spec().layer_norm(rms_norm=config.normalization == "RMSNorm")
     return ModuleSpec(TransformerBlock, submodules=TransformerBlockSubmodules(layers, norm))
 
 
-def _layer_spec(config: Any) -> ModuleSpec:
+def _is_sparse(config: Any, index: int) -> bool:
+    """Whether a layer has experts."""
+    every = config.moe_layer_freq
+    return bool(config.num_moe_experts) and bool(every[index] if isinstance(every, list) else index % every == 0)
+
+
+def _layer_spec(config: Any, is_sparse: bool) -> ModuleSpec:
     if config.multi_latent_attention:
         raise TrainerError("the megatron trainer does not support multi-latent attention; use --trainer.kind peft")
     spec = _Spec()
     norm = spec.layer_norm(rms_norm=config.normalization == "RMSNorm")
     head_norm = norm if config.qk_layernorm else IdentityOp
-    reason = _not_fast(config)
+    reason = "experts" if is_sparse else _not_fast(config)
     if reason:
         _log.warning(
             "training with Megatron's own transformer layer, which is slower, because the model has %s", reason
@@ -277,7 +309,7 @@ def _layer_spec(config: Any) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec_for_backend(backend=spec),
+            mlp=get_mlp_module_spec_for_backend(spec, config.num_moe_experts if is_sparse else None),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -307,7 +339,7 @@ def _adaptable_layers(bridge: Any, chunks: list[Any], config: Any) -> Iterator[A
         decoder = get_attr_wrapped_model(chunk, "decoder")
         for layer in decoder.layers:
             for name, module in layer.named_modules():
-                if isinstance(module, LoraLinear):
+                if isinstance(module, LoraLinear) and ".experts." not in name:  # transformers' have no linear layers
                     mapping = registry.megatron_to_hf_lookup(f"decoder.layers.{layer.layer_number - 1}.{name}.weight")
                     yield AdaptableLayer(module, _projections(mapping, module, config))
 
