@@ -32,6 +32,8 @@ from rlloop.errors import RlloopError, TrainerError
 from rlloop.processes import blocked_signals
 
 _SPAWN = multiprocessing.get_context("spawn")
+_FITS_INTO_PIPE = 2**15
+"""Bytes that a pipe which is empty takes at once."""
 
 
 class Interrupted(TrainerError):
@@ -128,7 +130,11 @@ class Ranks:
         async with self._lock:
             await self._discard_owed()
             try:
-                await anyio.to_thread.run_sync(self._send, (number, method, args))
+                payload = bytes(ForkingPickler.dumps((number, method, args)))
+                if len(payload) <= _FITS_INTO_PIPE:
+                    self._send(payload)
+                else:
+                    await anyio.to_thread.run_sync(self._send, payload)
                 return await self._first_answer()
             except anyio.get_cancelled_exc_class():
                 self._last_interrupted.value = max(self._last_interrupted.value, number)
@@ -149,9 +155,8 @@ class Ranks:
                 await anyio.to_thread.run_sync(rank.process.join)
                 rank.process.close()
 
-    def _send(self, message: tuple[int, str, tuple[Any, ...]]) -> None:
-        """Runs in a thread: pickling and writing a large batch takes a while."""
-        payload = bytes(ForkingPickler.dumps(message))
+    def _send(self, payload: bytes) -> None:
+        """Returns when the ranks have read so much that the rest fits into their pipes, which were empty."""
         for rank in self._ranks:
             with suppress(OSError):  # it died; waiting for its reply says how
                 rank.pipe.send_bytes(payload)

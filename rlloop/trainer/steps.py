@@ -35,14 +35,7 @@ def throughput(summary: Summary, seconds: float, *, num_body: int, num_head: int
     """Of one forward_backward, by the weights of a model's layers and of its head."""
     # Forward, and backward to the activations only: 2 x 2 operations for each weight and token.
     flops = 4 * (num_body * summary.num_computed_tokens + num_head * summary.num_tokens)
-    peak_memory = 0.0
-    if torch.cuda.is_available():  # max_memory_allocated() flattens all statistics first, which takes 0.3 ms
-        peak_memory = torch.cuda.memory_stats_as_nested_dict()["allocated_bytes"]["all"]["peak"]
-    return {
-        "forward_backward_seconds": seconds,
-        "mfu": flops / seconds / peak_flops,
-        "peak_memory_gib": peak_memory / 2**30,
-    }
+    return {"forward_backward_seconds": seconds, "mfu": flops / seconds / peak_flops}
 
 
 class SkippedSteps:

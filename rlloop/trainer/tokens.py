@@ -104,6 +104,8 @@ class Summary:
     num_computed_tokens: int = 0
     sums: Mapping[str, float] = field(default_factory=dict)
     maxima: Mapping[str, float] = field(default_factory=dict)
+    peak_memory_gib: float = field(default_factory=lambda: _peak_memory() / 2**30)
+    """Of this rank's device, so far; merged, of the fullest one."""
 
     @staticmethod
     def merge(parts: Sequence[Summary]) -> Summary:
@@ -120,6 +122,7 @@ class Summary:
             num_computed_tokens=sum(part.num_computed_tokens for part in parts),
             sums=sums,
             maxima=maxima,
+            peak_memory_gib=max(part.peak_memory_gib for part in parts),
         )
 
     @property
@@ -137,4 +140,12 @@ class Summary:
             "loss": self.loss,
             "num_tokens": self.num_tokens,
             "num_computed_tokens": self.num_computed_tokens,
+            "peak_memory_gib": self.peak_memory_gib,
         }
+
+
+def _peak_memory() -> int:
+    """In bytes. torch.cuda.max_memory_allocated() flattens all statistics first, which takes 0.3 ms."""
+    if not torch.cuda.is_available():
+        return 0
+    return int(torch.cuda.memory_stats_as_nested_dict()["allocated_bytes"]["all"]["peak"])

@@ -205,14 +205,14 @@ def swiglu(x: Tensor) -> Tensor:
     return (F.silu(gate.float()) * up).to(x.dtype)
 
 
-def swiglu_backward(dy: Tensor, x: Tensor, dx: Tensor) -> None:
-    """Into dx: joining its halves with `cat` would compile to a kernel that loads each operand for both of them."""
+def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """[T, F] and the input [T, 2F] -> [T, 2F]"""
     gate, up = x.float().chunk(2, dim=-1)
     wide = dy.float()
-    d_gate, d_up = dx.chunk(2, dim=-1)
     sigmoid = gate.sigmoid()
-    d_gate.copy_(wide * up * sigmoid * (1 + gate * (1 - sigmoid)))
-    d_up.copy_(wide * gate * sigmoid)
+    d_gate = wide * up * sigmoid * (1 + gate * (1 - sigmoid))
+    d_up = wide * gate * sigmoid
+    return torch.cat([d_gate.to(x.dtype), d_up.to(x.dtype)], dim=-1)
 
 
 class _Norm(torch.autograd.Function):
@@ -244,14 +244,14 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        _segment(swiglu_backward, x)(dy, x, dx)
-        return dx
+        return _segment(swiglu_backward, x)(dy, x)
 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+    # Otherwise the halves of swiglu_backward would be one loop over both, which loads every operand for each of them.
+    options = {"max_pointwise_cat_inputs": 1} if function is swiglu_backward else None
+    return torch.compile(function, options=options)
 
 
 def _segment(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
