@@ -2,6 +2,7 @@
 
     python benchmarks/trainer.py                          # one H200: the shapes of Llama-3-8B, Qwen2.5-1.5B, SmolLM2-135M
     python benchmarks/trainer.py --shapes tiny --steps 3  # on a CPU, to rehearse
+    python benchmarks/trainer.py --shapes 8b --rows 8 --trainers megatron TP2 PP2 DP2       # two GPUs
 
 Random weights; every step goes through the Trainer protocol, with its own process and Megatron's schedule. Samples with
 prompts of their own, loss on the last two thirds. MFU = 4 N T / (seconds x 790 TFLOP/s): N all parameters, T the tokens
@@ -11,11 +12,15 @@ computed (2 N T forward, 2 N T backward to the activations, since the base is fr
     megatron's layer    the same, with Megatron-Core's own transformer layer in place of FastLayer
     peft                the peft trainer
     varying             the megatron trainer on rows of varying lengths
+    TP2, PP2, TP2xPP2 …  the megatron trainer on several devices; tokens/s of all of them, MFU of one, GB of the fullest
+
+A step is `--rows` microbatches of the shape's samples.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import statistics
 import tempfile
@@ -29,7 +34,7 @@ import numpy as np
 import torch
 from _report import Report
 
-from rlloop.config import TrainerSettings
+from rlloop.config import MegatronSettings, TrainerSettings
 from rlloop.trainer import TokenBatch
 from rlloop.trainer.megatron import MegatronTrainer
 from rlloop.trainer.peft import PeftTrainer
@@ -122,9 +127,18 @@ def megatrons_layer(context: object, **arguments: object) -> object:
     return _build(context, **arguments)
 
 
+def parse_layout(kind: str) -> MegatronSettings:
+    sizes = {name: int(size) for name, size in re.findall(r"(TP|PP|DP)(\d+)", kind)}
+    return MegatronSettings(
+        tensor_parallel=sizes.get("TP", 1), pipeline_parallel=sizes.get("PP", 1), data_parallel=sizes.get("DP", 1)
+    )
+
+
 def make_trainer(kind: str, folder: Path, shape: Shape) -> RankTrainer:
     settings = TrainerSettings(
-        kind="peft" if kind == "peft" else "megatron", max_tokens_per_microbatch=shape.num_samples * shape.length
+        kind="peft" if kind == "peft" else "megatron",
+        max_tokens_per_microbatch=shape.num_samples * shape.length,
+        megatron=parse_layout(kind),
     )
     make = PeftTrainer if kind == "peft" else MegatronTrainer
     trainer = make(
@@ -150,10 +164,15 @@ class NoWriter:
         pass
 
 
-async def measure(kind: str, folder: Path, shape: Shape, num_steps: int, num_parameters: int) -> dict[str, object]:
-    lengths = [[shape.length] * shape.num_samples]
+async def measure(
+    kind: str, folder: Path, shape: Shape, num_steps: int, num_rows: int, num_parameters: int
+) -> dict[str, object]:
+    lengths = [[shape.length] * shape.num_samples * num_rows]
     if kind == "varying":
-        lengths = [varying(shape, step) for step in range(num_steps)]
+        lengths = [
+            [length for row in range(num_rows) for length in varying(shape, step * num_rows + row)]
+            for step in range(num_steps)
+        ]
     batches = [make_samples(shape, each) for each in lengths]
     seconds, inside, rates, losses, found = [], [], [], [], {}
     async with make_trainer(kind, folder, shape) as trainer:
@@ -175,7 +194,7 @@ async def measure(kind: str, folder: Path, shape: Shape, num_steps: int, num_par
         "slowest": 1e3 * max(seconds),
         "forward_backward in the rank": 1e3 * statistics.median(inside),
         "tokens/s": rate,
-        "MFU": 4 * num_parameters * rate / PEAK_FLOPS if CUDA else None,
+        "MFU": 4 * num_parameters * rate / PEAK_FLOPS / parse_layout(kind).num_ranks if CUDA else None,
         "GB": found.get("peak_memory_gib", 0.0) * 1.0737 or None,
         "first loss": losses[0],
         "last loss": losses[-1],
@@ -187,6 +206,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["8b", "1.5b", "135m"], choices=list(SHAPES))
     parser.add_argument("--trainers", nargs="+", default=["megatron", "varying", "megatron's layer", "peft"])
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=1)
     arguments = parser.parse_args()
     report = Report("trainer", ("torch", "megatron-core", "megatron-bridge", "transformers", "peft"))
     for name in arguments.shapes:
@@ -198,13 +218,15 @@ def main() -> None:
             rows = []
             for kind in arguments.trainers:
                 try:
-                    rows.append(anyio.run(measure, kind, folder, shape, arguments.steps, num_parameters))
+                    row = anyio.run(measure, kind, folder, shape, arguments.steps, arguments.rows, num_parameters)
+                    rows.append(row)
                 except Exception as error:
                     report.line(f"{name}, {kind}: {error}")
                     log = folder / f"{kind}.log"
                     print(log.read_text()[-3000:] if log.exists() else "")
             if rows:
-                title = f"{name}: {shape.num_samples} samples of {shape.length} tokens, {num_parameters / 1e9:.3f}e9 parameters"
+                tokens = f"{arguments.rows} x {shape.num_samples} x {shape.length} tokens"
+                title = f"{name}: {tokens}, {num_parameters / 1e9:.3f}e9 parameters"
                 report.table(title, rows, {"MFU": "{:.3f}", "first loss": "{:.5f}", "last loss": "{:.5f}"})
         finally:
             shutil.rmtree(folder)

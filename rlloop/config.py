@@ -98,7 +98,7 @@ class MegatronSettings(Settings):
     """Pieces of each stage; more than one interleaves the pipeline, so that its stages idle less."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Launch all layers at once, on one rank a copy of the model: faster where kernels are short, a little more memory.
-    auto: for models of less than a billion weights."""
+    auto: for models of less than two billion weights."""
     sequence_parallel: bool = False
     """Between layers, tensor-parallel ranks hold a part of the tokens each: less memory."""
 

@@ -46,6 +46,8 @@ class MemoryWriter:
         if self._segment is None or len(self._segment) < num_elements * dtype.itemsize:
             self.close()
             self._segment = _map(path, os.O_CREAT | os.O_RDWR, num_elements * dtype.itemsize)
+            if any(tensor.is_cuda for tensor in tensors.values()):
+                _page_lock(self._segment)
         flat = torch.frombuffer(self._segment, dtype=dtype, count=num_elements)
         return _flatten(tensors, scale, flat, "memory", str(path), started)
 
@@ -106,10 +108,7 @@ class Reader:
         if location not in self._segments or len(self._segments[location]) < num_bytes:
             self._segments[location] = segment = _map(Path(location), os.O_RDWR, None)
             if self._device.type == "cuda":
-                whole = torch.frombuffer(segment, dtype=torch.uint8)
-                torch.cuda.cudart().cudaHostRegister(
-                    whole.data_ptr(), whole.numel(), 0
-                )  # refused: pageable, slower, right
+                _page_lock(segment)
         return self._segments[location]
 
 
@@ -127,6 +126,12 @@ def _map(path: Path, flags: int, num_bytes: int | None) -> mmap.mmap:
         os.close(descriptor)
 
 
+def _page_lock(segment: mmap.mmap) -> None:
+    """For copies from and to a GPU; where it is refused they are slower, and right."""
+    whole = torch.frombuffer(segment, dtype=torch.uint8)
+    torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0)
+
+
 def _flatten(
     tensors: Mapping[str, torch.Tensor],
     scale: float,
@@ -135,18 +140,25 @@ def _flatten(
     location: str,
     started: float,
 ) -> AdapterTicket:
+    device = next(iter(tensors.values())).device
+    staged = (
+        flat if device.type == "cpu" else torch.empty_like(flat, device=device)
+    )  # one copy, not one for each tensor
     manifest, start = [], 0
     for name in sorted(tensors):
         source = tensors[name].detach()
-        part = flat[start : start + source.numel()].view(source.shape)
+        part = staged[start : start + source.numel()].view(source.shape)
         part.copy_(source * scale if ".lora_B." in name else source)
         manifest.append((name, (source.shape[0], source.shape[1])))
         start += source.numel()
+    found = digest(staged, manifest)
+    if staged is not flat:
+        flat.copy_(staged)
     return AdapterTicket(
         manifest=tuple(manifest),
         rank=max(shape[0] for name, shape in manifest if ".lora_A." in name),
         dtype=str(flat.dtype).removeprefix("torch."),
-        digest=digest(flat, manifest),
+        digest=found,
         transport=transport,
         location=location,
         num_bytes=flat.numel() * flat.element_size(),

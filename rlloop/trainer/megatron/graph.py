@@ -26,7 +26,7 @@ from rlloop.trainer.megatron.room import Room, fill, needed_room, padded
 _LEAST_FILL = 0.75
 """A microbatch with fewer of the room's tokens runs without a graph: filling it up would cost more."""
 _LARGEST_LAUNCH_BOUND = 2 * 10**9
-"""Weights of a model that is faster with graphs (SmolLM2-135M: 1.4x); Qwen2.5-1.5B gains 1 %, Llama-3-8B nothing."""
+"""Weights of a model that is faster with graphs: SmolLM2-135M 1.4x, Qwen2.5-1.5B 1.01x (and 2 GB less), Llama-3-8B not."""
 
 
 def wants_graphs(settings: TrainerSettings, groups: Groups, model: Model, dtype: torch.dtype) -> bool:
