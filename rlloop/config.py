@@ -61,6 +61,8 @@ class LoraSettings(Settings):
     """The update is scaled by alpha / rank."""
     targets: Annotated[tuple[str, ...], BeforeValidator(_from_commas)] = Field(LoraConfig().targets, min_length=1)
     """Linear layers that get an adapter: `q_proj,v_proj`, or a TOML array."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Of A's input in training; the policy that learns is then another one than the one that sampled."""
 
 
 class OptimSettings(Settings):

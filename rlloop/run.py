@@ -240,8 +240,7 @@ async def _start(
     )
 
     async def prepare_trainer() -> None:
-        lora = settings.lora
-        await trainer.create_adapter(POLICY, LoraConfig(lora.rank, lora.alpha, lora.targets, settings.seed))
+        await trainer.create_adapter(POLICY, LoraConfig(**dict(settings.lora), seed=settings.seed))
         if checkpoint is not None:
             await trainer.load(POLICY, checkpoint.folder)
 

@@ -209,3 +209,7 @@ class LoraConfig:
     alpha: float = 32.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     seed: int = 0
+    dropout: float = 0.0
+    """Of A's input while it is trained. The policy that learns is then another one than the one that sampled."""
+    dora: bool = False
+    """Learn each row's norm apart from its direction (Liu et al. 2024)."""

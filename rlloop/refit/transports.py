@@ -140,6 +140,8 @@ def _flatten(
     location: str,
     started: float,
 ) -> AdapterTicket:
+    if others := [name for name in tensors if ".lora_A." not in name and ".lora_B." not in name]:
+        raise RefitError(f"an engine's adapter slots hold A and B only, got {others[0]} (of DoRA)")
     device = next(iter(tensors.values())).device
     staged = (
         flat if device.type == "cpu" else torch.empty_like(flat, device=device)

@@ -34,6 +34,8 @@ def peft_config(lora: LoraConfig, model: str) -> peft.LoraConfig:
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=list(lora.targets),
+        lora_dropout=lora.dropout,
+        use_dora=lora.dora,
         task_type="CAUSAL_LM",
         base_model_name_or_path=model,
     )
@@ -48,12 +50,15 @@ def initial_a(parameter_name: str, seed: int, shape: Sequence[int]) -> Tensor:
     return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
 
 
-def check_targets(lora: LoraConfig, available: set[str]) -> None:
-    """Raise TrainerError for a target that the model does not have (PEFT ignores those while any other fits)."""
+def check_lora(lora: LoraConfig, available: set[str]) -> None:
+    """Raise TrainerError for a target that the model does not have (PEFT ignores those while any other fits), and for what
+    is not defined."""
     if unknown := sorted(set(lora.targets) - available):
         raise TrainerError(
             f"lora.targets: expected names among {', '.join(sorted(available))}, got {', '.join(unknown)}"
         )
+    if lora.dora and lora.dropout:
+        raise TrainerError(f"lora.dropout: expected 0 for DoRA, got {lora.dropout}")
 
 
 def write_adapter(folder: Path, config: peft.LoraConfig, weights: Tensors, moments: Tensors) -> None:

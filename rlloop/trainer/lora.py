@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -47,6 +47,10 @@ class FusedLinear(lora.Linear):
         if self.disable_adapters or not active:
             return self.base_layer(x, *args, **kwargs)
         (name,) = active
+        dropout = self.lora_dropout[name]
+        dropout.train(torch.is_grad_enabled())
+        if name in self.lora_variant or (dropout.training and isinstance(dropout, nn.Dropout)):
+            return super().forward(x, *args, **kwargs)  # DoRA, dropout
         base = self.base_layer
         a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         return _LoraProduct.apply(x.flatten(0, -2), base.weight, base.bias, a, b, scale).unflatten(0, x.shape[:-1])

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from rlloop.batching import Microbatch, pack
 from rlloop.errors import TrainerError
 from rlloop.trainer import Loss, TokenBatch
-from rlloop.trainer.adapter_files import MOMENTS, check_targets, initial_a, peft_config, read_adapter, write_adapter
+from rlloop.trainer.adapter_files import MOMENTS, check_lora, initial_a, peft_config, read_adapter, write_adapter
 from rlloop.trainer.attention import IMPLEMENTATION, PackedLayout
 from rlloop.trainer.head import head_weight, token_logprobs
 from rlloop.trainer.lora import FusedLinear
@@ -90,18 +90,19 @@ class PeftRank:
         """A is drawn by parameter name, so it depends on neither layout nor other adapters."""
         if name in self._adapters:
             raise TrainerError(f"adapter {name!r} exists already")
-        check_targets(lora, self._linear_names)
+        check_lora(lora, self._linear_names)
         config = peft_config(lora, self._folder)
         config._register_custom_module({nn.Linear: FusedLinear})  # PEFT's documented way to bring an own layer
         if self._peft is None:
             self._peft = peft.get_peft_model(self._base, config, adapter_name=name)
         else:
             self._peft.add_adapter(name, config)
-        endings = (f".lora_A.{name}.weight", f".lora_B.{name}.weight")
+        kinds = {"lora_A": ".weight", "lora_B": ".weight", "lora_magnitude_vector": ""}
         parameters = {
-            parameter_name.removesuffix(f".{name}.weight") + ".weight": parameter
+            parameter_name.removesuffix(f".{name}.weight") + saved_ending: parameter
             for parameter_name, parameter in self._peft.named_parameters()
-            if parameter_name.endswith(endings)
+            for kind, saved_ending in kinds.items()
+            if parameter_name.endswith(f".{kind}.{name}.weight")
         }
         with torch.no_grad():
             for parameter_name, parameter in parameters.items():

@@ -88,5 +88,37 @@ class ShowingRank:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rank, name)
 
+    def with_dropout(self) -> list[dict[str, tuple[Tensor, Tensor]]]:
+        """Of a column layer and a row layer: what it computes, and what autograd makes of the same formula and mask."""
+        from rlloop.trainer.megatron.lora import LoraWeights
+
+        found = []
+        for adaptable in self._rank._model.layers[:2]:
+            layer, weight = adaptable.layer, adaptable.layer.weight.detach()
+            bias = 0 if layer.bias is None else layer.bias.detach()
+            x, a, b = (torch.randn(*s) for s in ((7, weight.shape[1]), (3, weight.shape[1]), (len(weight), 3)))
+            lora = LoraWeights(
+                a, b, torch.zeros_like(a), torch.zeros_like(b), dropout=0.4, gain=None, gain_gradient=None
+            )
+            wanted = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
+            x.requires_grad_()
+            layer.set_lora(lora)
+            torch.manual_seed(0)
+            y = layer.product(x)
+            y.square().sum().backward()
+            torch.manual_seed(0)
+            kept = torch.native_dropout(x.detach(), 0.4, True)[1]
+            expected = wanted[0] @ weight.t() + bias + wanted[0] * kept / 0.6 @ wanted[1].t() @ wanted[2].t()
+            expected.square().sum().backward()
+            layer.set_lora(None)
+            pairs = {
+                "y": (y.detach(), expected.detach()),
+                "dx": (x.grad, wanted[0].grad),
+                "da": (lora.a_gradient, wanted[1].grad),
+                "db": (lora.b_gradient, wanted[2].grad),
+            }
+            found.append(pairs)
+        return found
+
     def merged(self, name: str) -> dict[str, Tensor]:
         return {key: tensor.cpu().clone() for key, tensor in self._rank.export_weights(name)}

@@ -48,6 +48,7 @@ pytestmark = pytest.mark.timeout(300)
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 OTHER = LoraConfig(rank=2, alpha=2.0, targets=("q_proj", "down_proj"), seed=5)
+DORA = replace(LORA, dora=True), replace(OTHER, dora=True)
 OF_ATTENTION = replace(LORA, targets=("q_proj", "k_proj", "v_proj", "o_proj")), replace(OTHER, targets=("o_proj",))
 # With the usual eps, a weight whose gradient is rounding noise moves by a whole learning rate.
 ADAM = AdamConfig(lr=3e-3, eps=1e-4, weight_decay=0.1, max_grad_norm=0.5)
@@ -197,7 +198,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunTrainer]:
         yield partial(portal.call, call)
 
 
-Lives = Callable[[str, str], tuple[Life, Path]]
+Lives = Callable[..., tuple[Life, Path]]
 
 
 @pytest.fixture(scope="module")
@@ -207,11 +208,11 @@ def lives(
     """(model, layout, or `peft`) -> what it found, and the folder that it saved."""
 
     @cache
-    def get(model: str, layout: str) -> tuple[Life, Path]:
+    def get(model: str, layout: str, dora: bool = False) -> tuple[Life, Path]:
         folder, found = tmp_path_factory.mktemp("saved"), []
         events = Events(folder / "events.jsonl")
         trainer = make_trainer(folders[model], LAYOUTS.get(layout), events=events)
-        loras = OF_ATTENTION if model == "experts" else (LORA, OTHER)
+        loras = OF_ATTENTION if model == "experts" else DORA if dora else (LORA, OTHER)
         run(trainer, partial(live, trainer, samples, folder, found, loras))
         events.close()
         return found[0], folder
@@ -248,7 +249,42 @@ CASES = [*(("qwen2", layout) for layout in LAYOUTS), ("qwen3", "1x1"), ("experts
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_agrees_with_peft(lives: Lives, model: str, layout: str) -> None:
-    (found, _), (expected, _) = lives(model, layout), lives(model, "peft")
+    assert_same(lives(model, layout)[0], lives(model, "peft")[0])
+
+
+@pytest.mark.parametrize("layout", ["TP2", "DP2"])
+def test_dora_is_pefts(lives: Lives, folders: dict[str, Path], samples: list[Sample], layout: str) -> None:
+    (found, folder), (expected, _) = lives("qwen2", layout, dora=True), lives("qwen2", "peft", dora=True)
+    assert_same(found, expected)
+    assert_same_logprobs(load_in_peft(folders["qwen2"], folder), samples, found.logprobs)
+    assert any(name.endswith("q_proj.lora_magnitude_vector") for name in found.weights)
+    plain, _ = lives("qwen2", layout)
+    assert relative(found.losses[:1], plain.losses[:1]) <= 1e-5  # it begins as the base
+    assert relative(found.losses[2:], plain.losses[2:]) > 1e-3
+
+
+def test_dropout(run: RunTrainer, folders: dict[str, Path], samples: list[Sample]) -> None:
+    """Of the adapter's input, in forward and backward; not of logprobs."""
+    trainer = showing(make_trainer(folders["qwen2"], LAYOUTS["1x1"]))
+    found: list[Any] = []
+
+    async def train() -> None:
+        found.extend(await trainer._ranks.call("with_dropout"))
+        await trainer.create_adapter("policy", replace(LORA, dropout=0.5))
+        await trainer.forward_backward("policy", samples, surrogate)
+        await trainer.optim_step("policy", replace(ADAM, lr=3e-2))
+        first, second = [np.concatenate(await trainer.logprobs("policy", samples)) for _ in range(2)]
+        np.testing.assert_array_equal(first, second)
+        one, other = [(await trainer.forward_backward("policy", samples, surrogate))["loss"] for _ in range(2)]
+        assert relative([one], [other]) > 1e-4
+
+    run(trainer, train)
+    for layer in found:
+        for name, (got, right) in layer.items():
+            torch.testing.assert_close(got, right, atol=1e-3, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_same(found: Life, expected: Life) -> None:
     assert relative(found.losses, expected.losses) <= 1e-5
     assert relative(found.norms, expected.norms) <= 1e-5
     assert relative(found.other_losses, expected.other_losses) <= 1e-5
@@ -276,10 +312,12 @@ def test_what_is_saved_loads_in_peft(
     lives: Lives, folders: dict[str, Path], samples: list[Sample], layout: str
 ) -> None:
     life, folder = lives("qwen2", layout)
-    model = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folders["qwen2"], dtype=torch.float32), folder / "adapter"
-    )
-    assert_same_logprobs(model, samples, life.logprobs)
+    assert_same_logprobs(load_in_peft(folders["qwen2"], folder), samples, life.logprobs)
+
+
+def load_in_peft(model: Path, folder: Path) -> peft.PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(base, folder / "adapter")
 
 
 def assert_same_logprobs(model: Any, samples: list[Sample], expected: NDArray[np.float32]) -> None:
@@ -320,12 +358,15 @@ def showing(trainer: RankTrainer, layer: str = "FastLayer") -> RankTrainer:
     return trainer
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 def test_imports_an_adapter_of_pefts_and_merges_it(
-    run: RunTrainer, folders: dict[str, Path], samples: list[Sample], tmp_path: Path
+    run: RunTrainer, folders: dict[str, Path], samples: list[Sample], tmp_path: Path, dora: bool
 ) -> None:
     """No optimizer's state lies beside it, so there is none to load."""
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(LORA.targets), init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=list(LORA.targets), init_lora_weights=False, use_dora=dora
+    )
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folders["qwen2"], dtype=torch.float32), config)
     model.save_pretrained(tmp_path / "adapter")
     trainer = showing(make_trainer(folders["qwen2"], LAYOUTS["TP2"]))
@@ -333,7 +374,7 @@ def test_imports_an_adapter_of_pefts_and_merges_it(
     merged: dict[str, Tensor] = {}
 
     async def load() -> None:
-        await trainer.create_adapter("policy", LORA)
+        await trainer.create_adapter("policy", replace(LORA, dora=dora))
         await trainer.load("policy", tmp_path)
         found.extend(await trainer.logprobs("policy", samples))
         merged.update(await trainer._ranks.call("merged", "policy"))

@@ -1,9 +1,11 @@
 """One named LoRA adapter of a Megatron model: this rank's share of its weights, gradients and optimizer, in flat buffers.
 
-    [ whole A | whole B | cut A | cut B ]       whole: the same on all tensor-parallel ranks (see `lora`)
+    [ whole A | whole B | whole m | cut A | cut B | cut m ]     whole: the same on all tensor-parallel ranks (see `lora`)
 
 Flat, because then a step, a sum over ranks and an export are a few operations however many layers there are. Data-parallel
 ranks hold one slice each of the fp32 weights and of AdamW's moments (ZeRO-1, Rajbhandari et al. 2020), and all of the rest.
+
+m are DoRA's magnitudes: y = m / |W + s B A| (W + s B A) x, with the norm of each row.
 
 Shapes: r rank of the adapter, R stacked rank of a layer, n parameters of this rank, filled up to a multiple of the slices.
 """
@@ -35,6 +37,11 @@ class Projection:
     """This rank's rows of it, in its own order, as indices into Megatron's; None: all, as they lie."""
 
     @property
+    def own_rows(self) -> Tensor | slice:
+        """`rows`, to index with."""
+        return slice(None) if self.rows is None else self.rows
+
+    @property
     def target(self) -> str:
         """What `LoraConfig.targets` calls it: q_proj."""
         return self.name.rpartition(".")[2]
@@ -50,14 +57,15 @@ class AdaptableLayer:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """Where an adapted layer's A [R, I] and B [O, R] lie in the flat buffers."""
+    """Where an adapted layer's A [R, I], B [O, R] and m [O] lie in the flat buffers."""
 
     layer: LoraLinear
     projections: tuple[Projection, ...]
     a: slice
     b: slice
-    a_shape: tuple[int, int]
-    b_shape: tuple[int, int]
+    m: slice
+    a_shape: tuple[int, ...]
+    b_shape: tuple[int, ...]
 
 
 class Adapter:
@@ -70,6 +78,8 @@ class Adapter:
         self._groups = groups
         self._scale = lora.alpha / lora.rank
         self._slots, self._num_whole, self._b_slices, num_parameters = _lay_out(lora, layers, groups.tp_size)
+        self._norms: dict[int, Tensor] = {}
+        """By slot, those of the rows of W + s B A."""
         num_slices, device = groups.dp_size, groups.device
         self._n = -(-num_parameters // num_slices) * num_slices
         self._gradient = torch.zeros(self._n, device=device)
@@ -79,16 +89,18 @@ class Adapter:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._optimizer = torch.optim.AdamW([self._master], fused=True)
         shapes = dict(self._shapes())
-        self._shapes_of_stages: list[dict[str, tuple[int, int]]] = [{}] * groups.pp_size
+        self._shapes_of_stages: list[dict[str, tuple[int, ...]]] = [{}] * groups.pp_size
         dist.all_gather_object(self._shapes_of_stages, shapes, group=groups.pp)
         initial = {
             name: initial_a(name, lora.seed, shape) if ".lora_A." in name else torch.zeros(shape)
             for name, shape in shapes.items()
         }
         self.load(initial, {})
+        if lora.dora:
+            self._take_norms_as_magnitudes()
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the whole adapter, by PEFT's names."""
         return {name: shape for shapes in self._shapes_of_stages for name, shape in shapes.items()}
 
@@ -113,6 +125,8 @@ class Adapter:
         groups = self._groups
         for b in self._b_slices:
             self._gradient[b].mul_(self._scale)  # from that of s B
+        for index, norm in self._norms.items():
+            self._gradient[self._slots[index].m].div_(norm)  # from that of m / norm
         if self._mask is not None:
             self._gradient.mul_(self._mask)
         if groups.dp_size > 1:
@@ -175,11 +189,15 @@ class Adapter:
         self._refresh()
 
     def _layer_weights(self, slot: _Slot) -> LoraWeights:
+        has_gain = self.lora.dora
         return LoraWeights(
             a=self._weights[slot.a].view(slot.a_shape),
             scaled_b=self._weights[slot.b].view(slot.b_shape),
             a_gradient=self._gradient[slot.a].view(slot.a_shape),
             b_gradient=self._gradient[slot.b].view(slot.b_shape),
+            dropout=self.lora.dropout,
+            gain=self._weights[slot.m] if has_gain else None,
+            gain_gradient=self._gradient[slot.m] if has_gain else None,
         )
 
     def _refresh(self) -> None:
@@ -190,7 +208,34 @@ class Adapter:
         for b in self._b_slices:
             whole[b].mul_(self._scale)
         self._weights.copy_(whole)
+        if self.lora.dora:
+            self._measure_norms()
+            for index, norm in self._norms.items():
+                m = self._slots[index].m
+                gain = whole[m] / norm
+                self._weights[m] = (gain if self._mask is None else gain.where(self._mask[m], 1)).to(
+                    self._weights.dtype
+                )
         self._copy()
+
+    def _measure_norms(self) -> None:
+        for index, slot in enumerate(self._slots):
+            a, b = self._weights[slot.a].view(slot.a_shape), self._weights[slot.b].view(slot.b_shape)
+            squares = torch.addmm(slot.layer.weight, b, a).float().square().sum(1)
+            if not slot.layer.is_column and self._groups.tp_size > 1:
+                dist.all_reduce(squares, group=self._groups.tp)
+            self._norms[index] = squares.sqrt()
+
+    @torch.no_grad()
+    def _take_norms_as_magnitudes(self) -> None:
+        """While B is zero: the model is the base."""
+        flat = self._join(self._master.detach()).clone()
+        for index, norm in self._norms.items():
+            flat[self._slots[index].m] = norm
+        if self._mask is not None:
+            flat.mul_(self._mask)
+        self._master.copy_(self._slice(flat))
+        self._refresh()
 
     def _copy(self) -> None:
         """What layers keep beside their own weights."""
@@ -216,8 +261,11 @@ class Adapter:
         for slot in self._slots:
             b = mask[slot.b].view(slot.b_shape)
             b.fill_(False)
+            mask[slot.m] = False
             for projection, columns in self._columns(slot):
-                b[slice(None) if projection.rows is None else projection.rows, columns] = True
+                b[projection.own_rows, columns] = True
+                if self.lora.dora:
+                    mask[slot.m][projection.own_rows] = True
         return None if bool(mask.all()) else mask
 
     def _columns(self, slot: _Slot) -> Iterator[tuple[Projection, slice]]:
@@ -225,7 +273,7 @@ class Adapter:
         for index, projection in enumerate(slot.projections):
             yield projection, slice(index * rank, (index + 1) * rank)
 
-    def _shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Of this stage's part, over all tensor-parallel ranks."""
         tp = self._groups.tp_size
         for slot in self._slots:
@@ -234,7 +282,10 @@ class Adapter:
                 rows = num_outputs if projection.rows is None else len(projection.rows)
                 is_column = slot.layer.is_column
                 yield f"{projection.name}.lora_A.weight", (self.lora.rank, num_inputs * (1 if is_column else tp))
-                yield f"{projection.name}.lora_B.weight", (rows * (tp if is_column else 1), self.lora.rank)
+                whole_rows = rows * (tp if is_column else 1)
+                yield f"{projection.name}.lora_B.weight", (whole_rows, self.lora.rank)
+                if self.lora.dora:
+                    yield f"{projection.name}.lora_magnitude_vector", (whole_rows,)
 
     def _export(self, flat: Tensor) -> dict[str, Tensor]:
         """[n] of every rank -> all of it by PEFT's names on rank 0."""
@@ -263,6 +314,7 @@ class Adapter:
         for slot in self._slots:
             a_parts = [flat[slot.a].view(slot.a_shape) for flat in flats]
             b_parts = [flat[slot.b].view(slot.b_shape) for flat in flats]
+            m_parts = [flat[slot.m] for flat in flats]
             is_column = slot.layer.is_column
             a = a_parts[0] if is_column else torch.cat(a_parts, dim=1)
             for projection, columns in self._columns(slot):
@@ -271,6 +323,9 @@ class Adapter:
                     b = [part.index_select(0, projection.rows) for part in b]
                 yield f"{projection.name}.lora_A.weight", a[columns]
                 yield f"{projection.name}.lora_B.weight", b[0] if len(b) == 1 else torch.cat(b)
+                if self.lora.dora:
+                    m = [part[projection.own_rows] for part in (m_parts if is_column else m_parts[:1])]
+                    yield f"{projection.name}.lora_magnitude_vector", torch.cat(m)
 
     def _import(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Tensors by PEFT's names, whole -> [n]"""
@@ -281,12 +336,16 @@ class Adapter:
             for projection, columns in self._columns(slot):
                 whole_a = tensors[f"{projection.name}.lora_A.weight"]
                 whole_b = tensors[f"{projection.name}.lora_B.weight"]
+                whole_m = tensors[f"{projection.name}.lora_magnitude_vector"] if self.lora.dora else None
                 if slot.layer.is_column:
                     whole_b = whole_b.chunk(tp)[rank]
+                    whole_m = None if whole_m is None else whole_m.chunk(tp)[rank]
                 else:
                     whole_a = whole_a.chunk(tp, dim=1)[rank]
                 a[columns] = whole_a.to(flat)
-                b[slice(None) if projection.rows is None else projection.rows, columns] = whole_b.to(flat)
+                b[projection.own_rows, columns] = whole_b.to(flat)
+                if whole_m is not None:
+                    flat[slot.m][projection.own_rows] = whole_m.to(flat)
         return flat
 
 
@@ -299,13 +358,14 @@ def _lay_out(
         for adaptable in layers
         if (projections := tuple(p for p in adaptable.projections if p.target in lora.targets))
     ]
-    shapes = {}
+    shapes: dict[tuple[int, str], tuple[int, ...]] = {}
     for index, (layer, projections) in enumerate(wanted):
         num_outputs, num_inputs = layer.weight.shape
         stacked = lora.rank * len(projections)
         shapes[index, "a"], shapes[index, "b"] = (stacked, num_inputs), (num_outputs, stacked)
+        shapes[index, "m"] = (num_outputs if lora.dora else 0,)
     regions: dict[tuple[bool, str], list[tuple[int, str]]] = {
-        (whole, kind): [] for whole, kind in itertools.product((True, False), "ab")
+        (whole, kind): [] for whole, kind in itertools.product((True, False), "abm")
     }
     for index, kind in shapes:
         whole = tp_size > 1 and (kind == "a") == wanted[index][0].is_column
@@ -322,7 +382,7 @@ def _lay_out(
         if whole:
             num_whole = end
     slots = [
-        _Slot(layer, projections, places[i, "a"], places[i, "b"], shapes[i, "a"], shapes[i, "b"])
+        _Slot(layer, projections, places[i, "a"], places[i, "b"], places[i, "m"], shapes[i, "a"], shapes[i, "b"])
         for i, (layer, projections) in enumerate(wanted)
     ]
     return slots, num_whole, b_slices, end

@@ -42,6 +42,12 @@ class LoraWeights:
     """[R, I] fp32; the backward pass adds to it."""
     b_gradient: Tensor
     """[O, R] fp32, of s B."""
+    dropout: float
+    """Of what A is multiplied with, in training."""
+    gain: Tensor | None
+    """[O] in the base's dtype, of DoRA: y is multiplied with it before the bias is added."""
+    gain_gradient: Tensor | None
+    """[O] fp32; the backward pass adds to it."""
 
 
 class _Product(torch.autograd.Function):
@@ -50,24 +56,27 @@ class _Product(torch.autograd.Function):
     Where W lies beside B or A in one buffer (see `LoraLinear`), one product serves both."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: LoraLinear, lora: LoraWeights, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, layer: LoraLinear, lora: LoraWeights, bias: Tensor | None, dropout: float
+    ) -> Tensor:
         whole = _gather(x, layer) if layer.is_column and layer.sequence_parallel else x
         is_partial = not layer.is_column and layer.tp_group.size() > 1
         own_bias = None if is_partial else bias
-        h = whole @ lora.a.t()
+        sampled, ctx.kept = torch.native_dropout(whole, dropout, True) if dropout else (whole, None)
+        h = sampled @ lora.a.t()
         if layer.w_and_b is not None:
             y = _linear(torch.cat([whole, h], dim=1), layer.w_and_b, own_bias)
         else:
             y = _linear(whole, layer.weight, own_bias).addmm_(h, lora.scaled_b.t())
-        ctx.save_for_backward(x, h)
-        ctx.layer, ctx.lora = layer, lora
+        ctx.save_for_backward(sampled if dropout else x, h)
+        ctx.layer, ctx.lora, ctx.dropout = layer, lora, dropout
         if not is_partial:
             return y
         y = _reduce(y, layer)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, h = ctx.saved_tensors
         layer, lora = ctx.layer, ctx.lora
         if not layer.is_column and layer.sequence_parallel:
@@ -77,19 +86,43 @@ class _Product(torch.autograd.Function):
             num_inputs = layer.weight.shape[1]
             both = dy @ layer.w_and_b
             dh = both[:, num_inputs:]
-            dx = both[:, :num_inputs].addmm_(dh, lora.a)
+            dx = both[:, :num_inputs]
         else:
             dh = dy @ lora.scaled_b
-            if layer.w_and_a is not None:
+            if layer.w_and_a is not None and not ctx.dropout:
                 dx = torch.cat([dy, dh], dim=1) @ layer.w_and_a
             else:
-                dx = (dy @ layer.weight).addmm_(dh, lora.a)
+                dx = dy @ layer.weight
+        if ctx.dropout:
+            dx = torch.addcmul(dx, dh @ lora.a, ctx.kept.to(dx.dtype), value=1 / (1 - ctx.dropout))
+        elif layer.w_and_a is None:
+            dx.addmm_(dh, lora.a)
         if layer.is_column:
             dx = _reduce(dx, layer)
-            if layer.sequence_parallel:
+            if layer.sequence_parallel and not ctx.dropout:
                 dh = _reduce(dh, layer)  # x is this rank's tokens
         _accumulate(lora.a_gradient, dh, x)
-        return dx, None, None, None
+        return dx, None, None, None, None
+
+
+class _Scaled(torch.autograd.Function):
+    """y [T, O] -> y * gain, DoRA's; the norm in it counts as a constant (Liu et al. 2024, section 4.3)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, layer: LoraLinear, lora: LoraWeights) -> Tensor:
+        assert lora.gain is not None
+        ctx.save_for_backward(y)
+        ctx.layer, ctx.lora = layer, lora
+        return y * lora.gain
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (y,) = ctx.saved_tensors
+        layer, lora = ctx.layer, ctx.lora
+        # Of a row layer every rank has all of y, unless each has its own tokens.
+        if layer.is_column or layer.sequence_parallel or layer.tp_group.rank() == 0:
+            lora.gain_gradient.add_((dy.float() * y.float()).sum(0))
+        return dy * lora.gain, None, None
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -166,15 +199,24 @@ class LoraLinear:
             y, bias = super().forward(x[:, None])  # type: ignore[misc]
             y = y[:, 0]
             return y if bias is None else y + bias
-        return _Product.apply(x, self, self.lora, self.bias)
+        return self._adapted(x, self.bias)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Megatron's interface: [tokens, batch, I] -> [tokens, batch, O], and the bias where the caller adds it."""
         if self.lora is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         own_bias, left_bias = (None, self.bias) if self.skip_bias_add else (self.bias, None)
-        y: Tensor = _Product.apply(x.flatten(0, 1), self, self.lora, own_bias)
-        return y.unflatten(0, (-1, x.shape[1])), left_bias
+        return self._adapted(x.flatten(0, 1), own_bias).unflatten(0, (-1, x.shape[1])), left_bias
+
+    def _adapted(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        lora = self.lora
+        assert lora is not None
+        dropout = lora.dropout if torch.is_grad_enabled() else 0.0
+        if lora.gain is None:
+            y: Tensor = _Product.apply(x, self, lora, bias, dropout)
+            return y
+        y = _Scaled.apply(_Product.apply(x, self, lora, None, dropout), self, lora)
+        return y if bias is None else y + bias
 
     def move_back(self) -> None:
         """The weight into memory of its own, as `set_lora` found it."""

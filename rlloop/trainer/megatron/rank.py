@@ -16,7 +16,7 @@ from torch import Tensor
 from rlloop.batching import Microbatch, pack
 from rlloop.errors import TrainerError
 from rlloop.trainer import Loss, TokenBatch
-from rlloop.trainer.adapter_files import check_targets, peft_config, read_adapter, write_adapter
+from rlloop.trainer.adapter_files import check_lora, peft_config, read_adapter, write_adapter
 from rlloop.trainer.megatron.adapter import Adapter
 from rlloop.trainer.megatron.graph import wants_graphs
 from rlloop.trainer.megatron.model import build_model
@@ -66,7 +66,7 @@ class MegatronRank:
         """A is drawn by parameter name, so it depends on neither layout nor other adapters."""
         if name in self._adapters:
             raise TrainerError(f"adapter {name!r} exists already")
-        check_targets(lora, set().union(*self._groups.gather(self._model.targets)))
+        check_lora(lora, set().union(*self._groups.gather(self._model.targets)))
         self._adapters[name] = Adapter(lora, self._model.layers, self._groups, self._dtype)
 
     def remove_adapter(self, name: str) -> None:
@@ -152,7 +152,10 @@ class MegatronRank:
             prefix = f"base_model.model.{hf_name.removesuffix('.weight')}"
             if (a := lora.get(f"{prefix}.lora_A.weight")) is not None:
                 b = lora[f"{prefix}.lora_B.weight"]
-                weight = torch.addmm(weight.float(), b, a, alpha=scale).to(weight.dtype)
+                merged = torch.addmm(weight.float(), b, a, alpha=scale)
+                if (magnitude := lora.get(f"{prefix}.lora_magnitude_vector")) is not None:
+                    merged *= (magnitude / merged.norm(dim=1))[:, None]
+                weight = merged.to(weight.dtype)
             yield hf_name, weight
 
     def save(self, name: str, folder: Path) -> None:
