@@ -78,8 +78,8 @@ class Adapter:
         self._groups = groups
         self._scale = lora.alpha / lora.rank
         self._slots, self._num_whole, self._b_slices, num_parameters = _lay_out(lora, layers, groups.tp_size)
-        self._norms: dict[int, Tensor] = {}
-        """By slot, those of the rows of W + s B A."""
+        self._norms: list[Tensor] = []
+        """Of each slot, for DoRA: those of the rows of W + s B A."""
         num_slices, device = groups.dp_size, groups.device
         self._n = -(-num_parameters // num_slices) * num_slices
         self._gradient = torch.zeros(self._n, device=device)
@@ -125,8 +125,8 @@ class Adapter:
         groups = self._groups
         for b in self._b_slices:
             self._gradient[b].mul_(self._scale)  # from that of s B
-        for index, norm in self._norms.items():
-            self._gradient[self._slots[index].m].div_(norm)  # from that of m / norm
+        for slot, norm in zip(self._slots, self._norms, strict=False):  # none but for DoRA
+            self._gradient[slot.m].div_(norm)  # from that of m / norm
         if self._mask is not None:
             self._gradient.mul_(self._mask)
         if groups.dp_size > 1:
@@ -189,15 +189,14 @@ class Adapter:
         self._refresh()
 
     def _layer_weights(self, slot: _Slot) -> LoraWeights:
-        has_gain = self.lora.dora
         return LoraWeights(
             a=self._weights[slot.a].view(slot.a_shape),
             scaled_b=self._weights[slot.b].view(slot.b_shape),
             a_gradient=self._gradient[slot.a].view(slot.a_shape),
             b_gradient=self._gradient[slot.b].view(slot.b_shape),
             dropout=self.lora.dropout,
-            gain=self._weights[slot.m] if has_gain else None,
-            gain_gradient=self._gradient[slot.m] if has_gain else None,
+            gain=self._weights[slot.m] if self.lora.dora else None,
+            gain_gradient=self._gradient[slot.m] if self.lora.dora else None,
         )
 
     def _refresh(self) -> None:
@@ -209,29 +208,27 @@ class Adapter:
             whole[b].mul_(self._scale)
         self._weights.copy_(whole)
         if self.lora.dora:
-            self._measure_norms()
-            for index, norm in self._norms.items():
-                m = self._slots[index].m
-                gain = whole[m] / norm
-                self._weights[m] = (gain if self._mask is None else gain.where(self._mask[m], 1)).to(
-                    self._weights.dtype
-                )
+            self._norms = [self._measure_norm(slot) for slot in self._slots]
+            for slot, norm in zip(self._slots, self._norms, strict=True):
+                gain = whole[slot.m] / norm
+                if self._mask is not None:
+                    gain = gain.where(self._mask[slot.m], 1)
+                self._weights[slot.m] = gain.to(self._weights.dtype)
         self._copy()
 
-    def _measure_norms(self) -> None:
-        for index, slot in enumerate(self._slots):
-            a, b = self._weights[slot.a].view(slot.a_shape), self._weights[slot.b].view(slot.b_shape)
-            squares = torch.addmm(slot.layer.weight, b, a).float().square().sum(1)
-            if not slot.layer.is_column and self._groups.tp_size > 1:
-                dist.all_reduce(squares, group=self._groups.tp)
-            self._norms[index] = squares.sqrt()
+    def _measure_norm(self, slot: _Slot) -> Tensor:
+        a, b = self._weights[slot.a].view(slot.a_shape), self._weights[slot.b].view(slot.b_shape)
+        squares = torch.addmm(slot.layer.weight, b, a).float().square().sum(1)
+        if not slot.layer.is_column and self._groups.tp_size > 1:
+            dist.all_reduce(squares, group=self._groups.tp)
+        return squares.sqrt()
 
     @torch.no_grad()
     def _take_norms_as_magnitudes(self) -> None:
         """While B is zero: the model is the base."""
         flat = self._join(self._master.detach()).clone()
-        for index, norm in self._norms.items():
-            flat[self._slots[index].m] = norm
+        for slot, norm in zip(self._slots, self._norms, strict=True):
+            flat[slot.m] = norm
         if self._mask is not None:
             flat.mul_(self._mask)
         self._master.copy_(self._slice(flat))
