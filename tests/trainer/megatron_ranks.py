@@ -54,12 +54,12 @@ class SuccessiveRank:
         self._rank: Any = None
 
     def build(self, specs: Sequence[RankSpec]) -> None:
-        from rlloop.trainer.megatron.parallel import parallel_state
-
         self._rank = None
         torch.compiler.reset()  # or it would compile for the sizes of every model that was there
-        parallel_state.destroy_model_parallel()
         if torch.distributed.is_initialized():
+            from rlloop.trainer.megatron.parallel import parallel_state
+
+            parallel_state.destroy_model_parallel()
             torch.distributed.destroy_process_group()
         self._context.num_ranks = len(specs)
         if self._context.rank < len(specs):
