@@ -135,10 +135,10 @@ def _best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 def _lay_out(tokens: IndexArray, offsets: IndexArray, units: Sequence[_Unit]) -> Microbatch:
     """`tokens` are those of all samples, and each sample's begin at its offset."""
-    segments: list[
-        tuple[int, int, int, int, int]
-    ] = []  # sample, its first token and its last + 1, prefix, start in the row
-    pieces: list[tuple[_Piece, int, int]] = []  # where the prefix and its own tokens start in the row
+    # Sample, its first token and its last + 1, prefix, start in the row.
+    segments: list[tuple[int, int, int, int, int]] = []
+    # Where in the row its prefix starts, and its own tokens.
+    pieces: list[tuple[_Piece, int, int]] = []
     num_tokens = 0
 
     def append(sample: int, begin: int, end: int, prefix: int) -> int:
