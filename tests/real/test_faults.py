@@ -29,8 +29,11 @@ def test_a_killed_stage_ends_the_run_with_an_error_that_says_so(
 
 
 def test_nothing_survives_a_killed_parent(start: Any, tmp_path: Path) -> None:
-    run = start(tmp_path / "run", "--num_steps", "1000")
+    """Not even ranks that wait for each other."""
+    flags = ["--trainer.kind", "megatron", "--trainer.megatron.pipeline_parallel", "2"]
+    run = start(tmp_path / "run", "--num_steps", "1000", *flags)
     run.wait_for_steps(2)
+    assert len([process for process in run.processes if "spawn_main" in " ".join(process.cmdline())]) >= 2
     run.popen.kill()
     assert run.wait(5) == -signal.SIGKILL
-    assert run.left_behind(timeout=5) == []
+    assert run.left_behind(timeout=20) == []

@@ -1,9 +1,7 @@
-"""The megatron trainer in whole runs, with real vLLM."""
+"""The megatron trainer in a whole run, with real vLLM."""
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,13 +39,3 @@ def test_trains_a_real_model(start: Start, tmp_path: Path) -> None:
     trained = [parameter for name, parameter in adapted.named_parameters() if "lora_B" in name]
     assert len(trained) == 7 * 30
     assert all(parameter.any() for parameter in trained)
-
-
-def test_its_ranks_end_with_the_run(start: Start, tmp_path: Path) -> None:
-    flags = ["--trainer.kind", "megatron", "--trainer.megatron.pipeline_parallel", "2", "--num_steps", "1000"]
-    run = start(tmp_path / "run", *flags)
-    run.wait_for_steps(2)
-    assert len([process for process in run.processes if "multiprocessing.spawn" in " ".join(process.cmdline())]) >= 2
-    os.kill(run.popen.pid, signal.SIGKILL)
-    run.wait(20)
-    assert run.left_behind(timeout=20) == []
