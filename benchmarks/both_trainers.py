@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from math import isfinite
 from pathlib import Path
+from statistics import median
 from time import monotonic
 
 from _report import RESULTS, Cell, Report
@@ -49,6 +51,7 @@ def main() -> None:
                 started = monotonic()
                 settings = ("--trainer.kind", kind, "--seed", str(seed), "--num_steps", str(arguments.steps))
                 figures = run_grpo(Path(scratch) / "run", "--config", str(CONFIG), *settings, *flags)
+                sampler_kl = [line["policy/sampler_kl_mean"] for line in figures.metrics]
                 rewards = curves[kind, seed] = [line["reward/mean"] for line in figures.metrics]
                 rows.append(
                     {
@@ -56,7 +59,9 @@ def main() -> None:
                         "seed": seed,
                         "first five": sum(rewards[:5]) / 5,
                         "last five": sum(rewards[-5:]) / 5,
-                        "sampler_kl": figures.mean("policy/sampler_kl_mean"),
+                        "sampler_kl": median(
+                            kl for kl in sampler_kl if isfinite(kl)
+                        ),  # none of steps without an update
                         "s/step": figures.median_step,
                         "seconds, start included": monotonic() - started,
                         "rewards": " ".join(f"{reward:.2f}" for reward in rewards),
