@@ -50,7 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return folders
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_samples() -> MakeSamples:
     def make(num_groups: int = 3, group_size: int = 4, seed: int = 0) -> list[Sample]:
         """Prompts of 3 to 12 tokens, completions of 1 to 20; the second group has a turn of the environment inside."""

@@ -104,28 +104,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def samples() -> list[Sample]:
-    """Groups of 4: prompts of 3 to 12 tokens, completions of 1 to 20."""
-    generator = np.random.default_rng(0)
-    made = []
-    for group in range(4):
-        prompt = generator.integers(2, 98, generator.integers(3, 13))
-        for _ in range(4):
-            completion = generator.integers(2, 98, generator.integers(1, 21))
-            tokens = np.concatenate([prompt, completion]).astype(np.int32)
-            loss_mask = np.arange(len(tokens)) >= len(prompt)
-            draw = generator.normal(size=(2, len(tokens)))
-            made.append(
-                Sample(
-                    tokens=tokens,
-                    loss_mask=loss_mask,
-                    rollout_logprobs=np.where(loss_mask, draw[0] * 0.3 - 4.5, 0).astype(np.float32),
-                    advantages=np.full(len(tokens), draw[1][0], dtype=np.float32),
-                    loss_weights=np.full(len(tokens), 1 / 40, dtype=np.float32),
-                    prompt_id=group,
-                )
-            )
-    return made
+def samples(make_samples: Callable[..., list[Sample]]) -> list[Sample]:
+    return make_samples(num_groups=4)
 
 
 @dataclass
