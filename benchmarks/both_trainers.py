@@ -51,7 +51,8 @@ def main() -> None:
                 started = monotonic()
                 settings = ("--trainer.kind", kind, "--seed", str(seed), "--num_steps", str(arguments.steps))
                 figures = run_grpo(Path(scratch) / "run", "--config", str(CONFIG), *settings, *flags)
-                sampler_kl = [line["policy/sampler_kl_mean"] for line in figures.metrics]
+                # None of steps without an update.
+                sampler_kl = [kl for line in figures.metrics if isfinite(kl := line["policy/sampler_kl_mean"])]
                 rewards = curves[kind, seed] = [line["reward/mean"] for line in figures.metrics]
                 rows.append(
                     {
@@ -59,9 +60,7 @@ def main() -> None:
                         "seed": seed,
                         "first five": sum(rewards[:5]) / 5,
                         "last five": sum(rewards[-5:]) / 5,
-                        "sampler_kl": median(
-                            kl for kl in sampler_kl if isfinite(kl)
-                        ),  # none of steps without an update
+                        "sampler_kl": median(sampler_kl),
                         "s/step": figures.median_step,
                         "seconds, start included": monotonic() - started,
                         "rewards": " ".join(f"{reward:.2f}" for reward in rewards),

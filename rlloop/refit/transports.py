@@ -143,9 +143,8 @@ def _flatten(
     if others := [name for name in tensors if ".lora_A." not in name and ".lora_B." not in name]:
         raise RefitError(f"an engine's adapter slots hold A and B only, got {others[0]} (of DoRA)")
     device = next(iter(tensors.values())).device
-    staged = (
-        flat if device.type == "cpu" else torch.empty_like(flat, device=device)
-    )  # one copy, not one for each tensor
+    # From a device in one copy, not in one for each tensor.
+    staged = flat if device.type == "cpu" else torch.empty_like(flat, device=device)
     manifest, start = [], 0
     for name in sorted(tensors):
         source = tensors[name].detach()

@@ -16,6 +16,8 @@ from rlloop.errors import TrainerError
 from rlloop.trainer import TokenBatch
 from rlloop.types import Metrics, Sample
 
+_COLUMNS = ("advantages", "loss_weights", "rollout_logprobs", "old_logprobs", "ref_logprobs")
+
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """Without waiting for what the device computes (a copy from pageable memory would)."""
@@ -30,17 +32,14 @@ class Columns:
     """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
-        self._missing: list[str] = []
         self._names: list[str] = []
         rows = []
-        for key in ("advantages", "loss_weights", "rollout_logprobs", "old_logprobs", "ref_logprobs"):
+        for key in _COLUMNS:
             arrays = [getattr(sample, key) for sample in samples]
             missing = [array is None for array in arrays]
             if any(missing) and not all(missing):
                 raise TrainerError(f"{key}: give it for every sample of a batch or for none")
-            if not arrays or missing[0]:
-                self._missing.append(key)
-            else:
+            if arrays and not missing[0]:
                 self._names.append(key)
                 rows.append(np.concatenate(arrays, dtype=np.float32))
         self._rows = np.stack(rows) if rows else np.empty((0, 0), dtype=np.float32)
@@ -48,7 +47,7 @@ class Columns:
     def of(self, microbatch: Microbatch, device: torch.device) -> dict[str, Tensor | None]:
         """Those of a microbatch's loss tokens, [N] each: the fields of a TokenBatch but its entropy."""
         rows = to_device(self._rows[:, microbatch.loss_index], device)
-        return dict(zip(self._names, rows.unbind(), strict=True)) | dict.fromkeys(self._missing)
+        return dict.fromkeys(_COLUMNS) | dict(zip(self._names, rows.unbind(), strict=True))
 
 
 class Totals:

@@ -87,7 +87,39 @@ def build_model(
     """
     bridge = AutoBridge.from_hf_pretrained(source)
     provider = bridge.to_megatron_provider(load_weights=True)
-    overrides = {
+    overrides = _overrides(provider, settings, groups, dtype, recompute=recompute)
+    provider.apply_overrides_and_finalize(dtype=dtype, overrides=overrides)
+    provider.register_pre_wrap_hook(_freeze)
+    chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=groups.device.type == "cpu")
+    _check(bridge, chunks, provider, groups)
+    window = _sliding_window(bridge.hf_pretrained.config)
+    for chunk in chunks:
+        rotate_by_token(_inner(chunk).rotary_pos_emb)
+        chunk.train()
+        for module in chunk.modules():
+            if isinstance(module, PackedAttention):
+                module.window = window
+    layers = tuple(_adaptable_layers(bridge, chunks, provider))
+    last = _inner(chunks[-1])
+    head = None
+    if last.post_process:
+        tied = last.share_embeddings_and_output_weights
+        head = (last.shared_embedding_or_output_weight() if tied else last.output_layer.weight).detach()
+    return Model(
+        bridge=bridge,
+        chunks=chunks,
+        config=provider,
+        layers=layers,
+        num_weights=sum(_num_weights(chunk, provider) for chunk in chunks),
+        head=head,
+    )
+
+
+def _overrides(
+    provider: Any, settings: MegatronSettings, groups: Groups, dtype: torch.dtype, *, recompute: bool
+) -> dict[str, Any]:
+    """Of what the bridge read from the model's config."""
+    overrides: dict[str, Any] = {
         "tensor_model_parallel_size": groups.tp_size,
         "pipeline_model_parallel_size": groups.pp_size,
         "virtual_pipeline_model_parallel_size": settings.virtual_stages if settings.virtual_stages > 1 else None,
@@ -120,31 +152,7 @@ def build_model(
     }
     if recompute:
         overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    provider.apply_overrides_and_finalize(dtype=dtype, overrides=overrides)
-    provider.register_pre_wrap_hook(_freeze)
-    chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=groups.device.type == "cpu")
-    _check(bridge, chunks, provider, groups)
-    window = _sliding_window(bridge.hf_pretrained.config)
-    for chunk in chunks:
-        rotate_by_token(_inner(chunk).rotary_pos_emb)
-        chunk.train()
-        for module in chunk.modules():
-            if isinstance(module, PackedAttention):
-                module.window = window
-    layers = tuple(_adaptable_layers(bridge, chunks, provider))
-    last = _inner(chunks[-1])
-    head = None
-    if last.post_process:
-        tied = last.share_embeddings_and_output_weights
-        head = (last.shared_embedding_or_output_weight() if tied else last.output_layer.weight).detach()
-    return Model(
-        bridge=bridge,
-        chunks=chunks,
-        config=provider,
-        layers=layers,
-        num_weights=sum(_num_weights(chunk, provider) for chunk in chunks),
-        head=head,
-    )
+    return overrides
 
 
 def _pipeline_layout(config: Any, num_stages: int, virtual_stages: int) -> list[list[str]] | None:
