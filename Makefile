@@ -16,8 +16,9 @@ quickstart: install  ## Train SmolLM2-135M-Instruct with GRPO until the reward h
 	$(BIN)/rlloop grpo --config examples/quickstart.toml --overwrite $(ARGS)
 
 # PYTHONSAFEPATH keeps the checkout off sys.path, also in the processes that tests start.
+# Two processes, since a test of real processes waits for one core most of the time; a file's tests share one.
 test: lint check-gpu-lock  ## Lint, types and the GPU lock, then all tests against the installed wheel; flags of pytest: ARGS="-k refit"
-	PYTHONSAFEPATH=1 RLLOOP_EXPECT_WHEEL=1 $(BIN)/pytest $(ARGS)
+	PYTHONSAFEPATH=1 RLLOOP_EXPECT_WHEEL=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # mypy runs inside tests/, or it would check the checkout's rlloop/ and not the installed one.
 lint: install  ## ruff and mypy (strict)

@@ -6,6 +6,16 @@ import pytest
 from rlloop.models import SMOLLM2, resolve_model
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow files first, so that two processes end at about the same time."""
+
+    def seconds(item: pytest.Item) -> int:
+        timeout = item.get_closest_marker("timeout")
+        return int(timeout.args[0]) if timeout else 0
+
+    items.sort(key=seconds, reverse=True)
+
+
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> str:
     """Loop code runs on both; a test of real vLLM parametrizes this with asyncio alone."""

@@ -34,6 +34,8 @@ from rlloop.processes import blocked_signals
 _SPAWN = multiprocessing.get_context("spawn")
 _FITS_INTO_PIPE = 2**15
 """Bytes that a pipe which is empty takes at once."""
+_SECONDS_FOR_A_DEATH = 2.0
+"""Until the pipe of a rank that died has closed, counted from another rank's error."""
 
 
 class Interrupted(TrainerError):
@@ -174,7 +176,10 @@ class Ranks:
                 rank.is_built = True
 
     async def _first_answer(self) -> Any:
-        """Rank 0's answer when all have replied, or the first error of any rank: the others may then wait for it forever."""
+        """Rank 0's answer when all have replied, or the first error of any rank: the others may then wait for it forever.
+
+        A rank that is gone is the error, even where one that spoke to it has raised before.
+        """
         answers: dict[int, Any] = {}
         errors: list[RlloopError] = []
 
@@ -182,11 +187,13 @@ class Ranks:
             try:
                 reply = await self._receive(index)
             except TrainerError as death:
-                reply = _Reply(error=death)
+                errors.insert(0, death)
+                tasks.cancel_scope.cancel()
+                return
             answers[index] = reply.value
             if reply.error is not None:
                 errors.append(reply.error)
-                tasks.cancel_scope.cancel()
+                tasks.cancel_scope.deadline = anyio.current_time() + _SECONDS_FOR_A_DEATH
 
         async with anyio.create_task_group() as tasks:
             for index in range(len(self._ranks)):

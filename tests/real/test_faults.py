@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 
+from rlloop.checkpoint import newest_checkpoint
+from rlloop.tracking.files import read_metrics
+
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 
@@ -12,8 +15,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
     ("victim", "message"),
     [
         ("spawn_main", "error: trainer rank 0 was killed by SIGKILL"),
-        ("VLLM::EngineCore", "error: the vLLM engine process died"),
-        ("VLLM::Worker", "error: the vLLM engine process died"),
+        ("VLLM::Worker", "error: the vLLM engine process died"),  # and of EngineCore: tests/engine
     ],
 )
 def test_a_killed_stage_ends_the_run_with_an_error_that_says_so(
@@ -28,12 +30,17 @@ def test_a_killed_stage_ends_the_run_with_an_error_that_says_so(
     assert run.left_behind() == []
 
 
-def test_nothing_survives_a_killed_parent(start: Any, tmp_path: Path) -> None:
-    """Not even ranks that wait for each other."""
-    flags = ["--trainer.kind", "megatron", "--trainer.megatron.pipeline_parallel", "2"]
-    run = start(tmp_path / "run", "--num_steps", "1000", *flags)
+def test_ctrl_c_ends_a_run_of_smollm2(start: Any, tmp_path: Path) -> None:
+    flags = ("--num_steps", "1000", "--checkpoint.every", "1000", "--optim.lr", "1e-4")
+    run = start(tmp_path / "run", *flags, model="SmolLM2-135M-Instruct")
     run.wait_for_steps(2)
-    assert len([process for process in run.processes if "spawn_main" in " ".join(process.cmdline())]) >= 2
-    run.popen.kill()
-    assert run.wait(5) == -signal.SIGKILL
-    assert run.left_behind(timeout=20) == []
+    run.signal_group(signal.SIGINT)
+    assert run.wait(60) == 130, run.text()
+    assert run.left_behind() == []
+    assert "stopped by SIGINT; continue with: rlloop grpo" in run.text()
+    assert "Traceback" not in run.text()
+    checkpoint = newest_checkpoint(run.run_dir)
+    assert checkpoint is not None
+    assert checkpoint.step >= 2
+    for line in read_metrics(run.run_dir):
+        assert line["policy/sampler_kl_mean"] < 0.05  # bfloat16 where the processor has it

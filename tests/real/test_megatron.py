@@ -1,7 +1,8 @@
-"""The megatron trainer in a whole run, with real vLLM."""
+"""The megatron trainer in whole runs, with real vLLM."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,3 +40,14 @@ def test_trains_a_real_model(start: Start, tmp_path: Path) -> None:
     trained = [parameter for name, parameter in adapted.named_parameters() if "lora_B" in name]
     assert len(trained) == 7 * 30
     assert all(parameter.any() for parameter in trained)
+
+
+def test_nothing_survives_a_killed_parent(start: Any, tmp_path: Path) -> None:
+    """Not even ranks that wait for each other."""
+    flags = ["--trainer.kind", "megatron", "--trainer.megatron.pipeline_parallel", "2"]
+    run = start(tmp_path / "run", "--num_steps", "1000", *flags)
+    run.wait_for_steps(2)
+    assert len([process for process in run.processes if "spawn_main" in " ".join(process.cmdline())]) >= 2
+    run.popen.kill()
+    assert run.wait(5) == -signal.SIGKILL
+    assert run.left_behind(timeout=20) == []

@@ -164,9 +164,10 @@ RunTrainer = Callable[[RankTrainer, Callable[[], Awaitable[None]]], None]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunTrainer]:
     """(trainer, function) -> calls the function while the trainer is there. Those of a kind share their processes; what
     stands in for CUDA in Megatron's is not for transformers."""
-    num_ranks = torch.cuda.device_count() or 4
-    spec = RankSpec(SuccessiveRank, log_path=tmp_path_factory.mktemp("ranks") / "log")
-    of_megatron, of_peft = Ranks([spec] * num_ranks), Ranks([spec])
+    log_path = tmp_path_factory.mktemp("ranks") / "log"
+    cores = [None] if torch.cuda.is_available() else [frozenset({core}) for core in os.sched_getaffinity(0)]
+    specs = [RankSpec(SuccessiveRank, cores[i % len(cores)], log_path) for i in range(torch.cuda.device_count() or 4)]
+    of_megatron, of_peft = Ranks(specs), Ranks(specs[:1])
 
     async def call(trainer: RankTrainer, function: Callable[[], Awaitable[None]]) -> None:
         ranks = of_megatron if isinstance(trainer, MegatronTrainer) else of_peft

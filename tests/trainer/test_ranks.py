@@ -52,6 +52,12 @@ class Rank:
             raise KeyError("missing")
         time.sleep(30)
 
+    def lose(self, rank):
+        if self.context.rank == rank:
+            time.sleep(0.3)
+            self.die("kill")
+        raise ConnectionError("peer is gone")
+
     def die(self, how):
         os._exit(3) if how == "exit" else os.kill(os.getpid(), signal.SIGKILL)
 
@@ -147,6 +153,13 @@ async def test_one_rank_that_fails_is_enough(module) -> None:
         assert monotonic() - started < 20  # rank 0 sleeps for 30 s
         await ranks.close(timeout=0.1)
     assert not multiprocessing.active_children()
+
+
+async def test_a_rank_that_is_gone_explains_what_the_others_raise(module) -> None:
+    async with Ranks([RankSpec(module.Rank)] * 3) as ranks:
+        await ranks.call("echo")
+        with pytest.raises(TrainerError, match="rank 1 was killed by SIGKILL"):
+            await ranks.call("lose", 1)
 
 
 async def test_factory_that_fails(module) -> None:
