@@ -31,7 +31,6 @@ from trainer import ADAM, CUDA, LORA, SHAPES, Shape, make_samples, policy_gradie
 from rlloop.config import TrainerSettings
 from rlloop.refit.transports import MemoryWriter
 from rlloop.trainer.megatron import MegatronTrainer
-from rlloop.trainer.ranks import RankSpec
 
 Row = dict[str, str | float]
 
@@ -40,9 +39,7 @@ class TimedRank:
     """A rank that times its exports itself."""
 
     def __init__(self, context: Any, **arguments: Any) -> None:
-        from rlloop.trainer.megatron.rank import MegatronRank
-
-        self._rank = MegatronRank(context, **arguments)
+        self._rank: Any = MegatronTrainer.build_rank(context, **arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rank, name)
@@ -54,6 +51,17 @@ class TimedRank:
             {"what": "adapter, handed over", **timed(partial(rank.export_adapter, "policy"), repeats)},
             {"what": "merged weights", **timed(lambda: sum(1 for _ in rank.export_weights("policy")), repeats)},
         ]
+
+
+class TimedTrainer(MegatronTrainer):
+    """Its rank times itself."""
+
+    build_rank = TimedRank
+
+    async def exports(self, repeats: int) -> list[Row]:
+        """Of adapter `policy`."""
+        rows: list[Row] = await self._ranks.call("exports", repeats)
+        return rows
 
 
 def timed(function: Callable[[], Any], repeats: int) -> dict[str, float]:
@@ -71,7 +79,7 @@ def timed(function: Callable[[], Any], repeats: int) -> dict[str, float]:
 
 async def measure(folder: Path, shape: Shape, repeats: int) -> list[Row]:
     dtype = "bfloat16" if CUDA else "float32"
-    trainer = MegatronTrainer(
+    trainer = TimedTrainer(
         str(folder),
         dtype=dtype,
         settings=TrainerSettings(kind="megatron", max_tokens_per_microbatch=shape.num_samples * shape.length),
@@ -79,14 +87,12 @@ async def measure(folder: Path, shape: Shape, repeats: int) -> list[Row]:
         writer=MemoryWriter(dtype, f"rlloop-export-{os.getpid()}"),
         log_path=folder / "log",
     )
-    ranks = trainer._ranks
-    ranks._specs = [RankSpec(partial(TimedRank, **ranks._specs[0].factory.keywords), log_path=folder / "log")]
     async with trainer:
         await trainer.create_adapter("policy", LORA)
         samples = make_samples(shape, [shape.length] * shape.num_samples)
         await trainer.forward_backward("policy", samples, policy_gradient)
         await trainer.optim_step("policy", ADAM)
-        return await ranks.call("exports", repeats)
+        return await trainer.exports(repeats)
 
 
 def main() -> None:

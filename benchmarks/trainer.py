@@ -26,8 +26,8 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import anyio
 import numpy as np
@@ -39,6 +39,7 @@ from rlloop.trainer import TokenBatch
 from rlloop.trainer.megatron import MegatronTrainer
 from rlloop.trainer.peft import PeftTrainer
 from rlloop.trainer.rank_trainer import RankTrainer
+from rlloop.trainer.ranks import RankContext
 from rlloop.types import AdamConfig, LoraConfig, Sample
 
 LORA = LoraConfig(rank=32, alpha=64.0)
@@ -119,12 +120,17 @@ def policy_gradient(logprobs: torch.Tensor, tokens: TokenBatch) -> tuple[torch.T
     return -(tokens.loss_weights * tokens.advantages * logprobs).sum(), {}
 
 
-def megatrons_layer(context: object, **arguments: object) -> object:
-    """In the rank: Megatron-Core's transformer layer for FastLayer."""
-    from rlloop.trainer.megatron import _build, model
+def with_megatrons_layer(context: RankContext, **arguments: Any) -> object:
+    from rlloop.trainer.megatron import model
 
     model.FastLayer = model.TransformerLayer
-    return _build(context, **arguments)
+    return MegatronTrainer.build_rank(context, **arguments)
+
+
+class MegatronsLayerTrainer(MegatronTrainer):
+    """With Megatron-Core's transformer layer for FastLayer."""
+
+    build_rank = staticmethod(with_megatrons_layer)
 
 
 def parse_layout(kind: str) -> MegatronSettings:
@@ -140,8 +146,8 @@ def make_trainer(kind: str, folder: Path, shape: Shape) -> RankTrainer:
         max_tokens_per_microbatch=shape.num_samples * shape.length,
         megatron=parse_layout(kind),
     )
-    make = PeftTrainer if kind == "peft" else MegatronTrainer
-    trainer = make(
+    make = {"peft": PeftTrainer, "megatron's layer": MegatronsLayerTrainer}.get(kind, MegatronTrainer)
+    return make(
         str(folder),
         dtype="bfloat16" if CUDA else "float32",
         settings=settings,
@@ -149,12 +155,6 @@ def make_trainer(kind: str, folder: Path, shape: Shape) -> RankTrainer:
         writer=NoWriter(),
         log_path=folder / f"{kind}.log",
     )
-    if kind == "megatron's layer":
-        specs = trainer._ranks._specs
-        trainer._ranks._specs = [
-            type(spec)(partial(megatrons_layer, **spec.factory.keywords), spec.cores, spec.log_path) for spec in specs
-        ]
-    return trainer
 
 
 class NoWriter:

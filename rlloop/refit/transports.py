@@ -35,7 +35,7 @@ class MemoryWriter:
 
     dtype: str
     segment_name: str
-    _segment: mmap.mmap | None = field(default=None, init=False, repr=False)
+    _segment: _Segment | None = field(default=None, init=False, repr=False)
 
     def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
         """Flatten, scale B, cast, digest."""
@@ -43,18 +43,18 @@ class MemoryWriter:
         dtype: torch.dtype = getattr(torch, self.dtype)
         num_elements = sum(tensor.numel() for tensor in tensors.values())
         path = SHARED_MEMORY / self.segment_name
-        if self._segment is None or len(self._segment) < num_elements * dtype.itemsize:
+        if self._segment is None or self._segment.num_bytes < num_elements * dtype.itemsize:
             self.close()
-            self._segment = _map(path, os.O_CREAT | os.O_RDWR, num_elements * dtype.itemsize)
-            if any(tensor.is_cuda for tensor in tensors.values()):
-                _page_lock(self._segment)
-        flat = torch.frombuffer(self._segment, dtype=dtype, count=num_elements)
+            on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+            self._segment = _Segment(path, os.O_CREAT | os.O_RDWR, num_elements * dtype.itemsize, page_lock=on_gpu)
+        flat = self._segment.tensor(dtype, num_elements)
         return _flatten(tensors, scale, flat, "memory", str(path), started)
 
     def close(self) -> None:
         """Remove the segment."""
         if self._segment is not None:
             (SHARED_MEMORY / self.segment_name).unlink(missing_ok=True)
+            self._segment.release()
             self._segment = None
 
 
@@ -86,7 +86,7 @@ class Reader:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._segments: dict[str, mmap.mmap] = {}
+        self._segments: dict[str, _Segment] = {}
 
     def read(self, ticket: Mapping[str, Any], into: torch.Tensor | None = None) -> torch.Tensor:
         """A flat tensor on the device: vLLM keeps what it is given, and the next version overwrites the source.
@@ -99,37 +99,52 @@ class Reader:
             return found.clone() if into is None else into.copy_(found)  # on a CPU it is a view of the file
         dtype: torch.dtype = getattr(torch, ticket["dtype"])
         segment = self._attach(ticket["location"], ticket["num_bytes"])
-        flat = torch.frombuffer(segment, dtype=dtype, count=ticket["num_bytes"] // dtype.itemsize)
+        flat = segment.tensor(dtype, ticket["num_bytes"] // dtype.itemsize)
         return (
             flat.to(self._device, non_blocking=True, copy=True) if into is None else into.copy_(flat, non_blocking=True)
         )
 
-    def _attach(self, location: str, num_bytes: int) -> mmap.mmap:
-        if location not in self._segments or len(self._segments[location]) < num_bytes:
-            self._segments[location] = segment = _map(Path(location), os.O_RDWR, None)
-            if self._device.type == "cuda":
-                _page_lock(segment)
-        return self._segments[location]
+    def _attach(self, location: str, num_bytes: int) -> _Segment:
+        segment = self._segments.get(location)
+        if segment is None or segment.num_bytes < num_bytes:
+            if segment is not None:
+                segment.release()
+            segment = _Segment(Path(location), os.O_RDWR, None, page_lock=self._device.type == "cuda")
+            self._segments[location] = segment
+        return segment
 
 
-def _map(path: Path, flags: int, num_bytes: int | None) -> mmap.mmap:
-    """The file in memory; `num_bytes` sets its size."""
-    descriptor = os.open(path, flags, 0o600)
-    try:
-        if num_bytes is not None:
-            os.ftruncate(descriptor, num_bytes)
-            os.posix_fallocate(descriptor, 0, num_bytes)  # or a write beyond what is free ends the process by SIGBUS
-        return mmap.mmap(descriptor, 0)
-    except OSError as error:
-        raise RefitError(f"{path}: {error}; enlarge {path.parent} or use --refit.transport disk") from error
-    finally:
-        os.close(descriptor)
+class _Segment:
+    """A file in memory; `num_bytes` sets its size. Page-locked for a GPU: where that is refused, copies are slower, and right."""
+
+    def __init__(self, path: Path, flags: int, num_bytes: int | None, *, page_lock: bool) -> None:
+        descriptor = os.open(path, flags, 0o600)
+        try:
+            if num_bytes is not None:
+                os.ftruncate(descriptor, num_bytes)
+                # Or a write beyond what is free ends the process by SIGBUS.
+                os.posix_fallocate(descriptor, 0, num_bytes)
+            self._memory = mmap.mmap(descriptor, 0)
+        except OSError as error:
+            raise RefitError(f"{path}: {error}; enlarge {path.parent} or use --refit.transport disk") from error
+        finally:
+            os.close(descriptor)
+        self.num_bytes = len(self._memory)
+        self._is_locked = page_lock and _page_lock(self.tensor(torch.uint8, self.num_bytes))
+
+    def tensor(self, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """The first so many elements, in place."""
+        return torch.frombuffer(self._memory, dtype=dtype, count=count)
+
+    def release(self) -> None:
+        """Unlock the pages, while they are still mapped; they are unmapped with the last tensor."""
+        if self._is_locked:
+            torch.cuda.cudart().cudaHostUnregister(self.tensor(torch.uint8, 1).data_ptr())
+            self._is_locked = False
 
 
-def _page_lock(segment: mmap.mmap) -> None:
-    """For copies from and to a GPU; where it is refused they are slower, and right."""
-    whole = torch.frombuffer(segment, dtype=torch.uint8)
-    torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0)
+def _page_lock(whole: torch.Tensor) -> bool:
+    return int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0)) == 0
 
 
 def _flatten(

@@ -9,15 +9,17 @@ from rlloop.trainer.rank_trainer import RankArguments, RankTrainer
 from rlloop.trainer.ranks import RankContext, RankSpec
 
 
-class PeftTrainer(RankTrainer):
-    """For small machines: one process, one device, a GPU if there is one."""
-
-    def _specs(self, arguments: RankArguments, cores: frozenset[int] | None, log_path: Path | None) -> list[RankSpec]:
-        return [RankSpec(partial(_build, arguments=arguments), cores, log_path)]
-
-
-def _build(context: RankContext, *, arguments: RankArguments) -> object:
-    """Runs in the rank, the only process that imports torch."""
+def _build_rank(context: RankContext, *, arguments: RankArguments) -> object:
+    """In the rank, the only process that imports torch."""
     from rlloop.trainer.peft_rank import PeftRank
 
     return PeftRank(context, arguments)
+
+
+class PeftTrainer(RankTrainer):
+    """For small machines: one process, one device, a GPU if there is one."""
+
+    build_rank = staticmethod(_build_rank)
+
+    def _specs(self, arguments: RankArguments, cores: frozenset[int] | None, log_path: Path | None) -> list[RankSpec]:
+        return [RankSpec(partial(self.build_rank, arguments=arguments), cores, log_path)]

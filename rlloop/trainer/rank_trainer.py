@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from rlloop.config import TrainerSettings
 from rlloop.errors import TrainerError
@@ -39,6 +39,9 @@ class RankTrainer(ABC):
     format, `dtype` that of the frozen base (adapters and optimizers are fp32), `temperature` the one that samples are drawn
     at. `cores` pins the ranks on a CPU; `log_path` takes what their libraries print; `events` the spans.
     """
+
+    build_rank: ClassVar[Callable[..., object]]
+    """(context, **what `_specs` binds) -> the rank. Runs in its process, so it is picklable; a subclass may wrap it."""
 
     def __init__(
         self,

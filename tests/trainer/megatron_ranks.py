@@ -72,18 +72,25 @@ class SuccessiveRank:
         return (lambda *args: None) if self._rank is None else getattr(self._rank, name)
 
 
+def with_megatrons_layer(context: RankContext, **arguments: Any) -> Any:
+    """A rank of the megatron trainer with Megatron-Core's own transformer layer."""
+    from rlloop.trainer.megatron import MegatronTrainer, model
+
+    usual = model.FastLayer
+    model.FastLayer = model.TransformerLayer
+    rank: Any = MegatronTrainer.build_rank(context, **arguments)
+    model.FastLayer = usual
+    assert type(rank._model.chunks[0].decoder.layers[0]).__name__ == "TransformerLayer"
+    return rank
+
+
 class ShowingRank:
-    """A rank of the megatron trainer with what no Trainer has yet; `layer` is the transformer layer that it uses."""
+    """A rank of the megatron trainer with what no Trainer has yet."""
 
-    def __init__(self, context: RankContext, *, layer: str, **arguments: Any) -> None:
-        from rlloop.trainer.megatron import model
-        from rlloop.trainer.megatron.rank import MegatronRank
+    def __init__(self, context: RankContext, **arguments: Any) -> None:
+        from rlloop.trainer.megatron import MegatronTrainer
 
-        usual = model.FastLayer
-        model.FastLayer = getattr(model, layer)
-        self._rank = MegatronRank(context, **arguments)
-        model.FastLayer = usual
-        assert type(self._rank._model.chunks[0].decoder.layers[0]).__name__ == layer
+        self._rank: Any = MegatronTrainer.build_rank(context, **arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rank, name)

@@ -32,7 +32,15 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from megatron_ranks import BorrowedRanks, ShowingRank, SuccessiveRank, Writer, infinite, surrogate
+from megatron_ranks import (
+    BorrowedRanks,
+    ShowingRank,
+    SuccessiveRank,
+    Writer,
+    infinite,
+    surrogate,
+    with_megatrons_layer,
+)
 from rlloop.config import MegatronSettings, TrainerSettings
 from rlloop.errors import ConfigError, TrainerError
 from rlloop.events import Events
@@ -205,14 +213,28 @@ def lives(
     return get
 
 
-def make_trainer(model: Path, layout: MegatronSettings | None, **extra: Any) -> RankTrainer:
+class ShowingTrainer(MegatronTrainer):
+    """Its ranks also answer what no Trainer is asked."""
+
+    build_rank = ShowingRank
+
+
+class MegatronsLayerTrainer(MegatronTrainer):
+    """With Megatron-Core's own transformer layer."""
+
+    build_rank = staticmethod(with_megatrons_layer)
+
+
+def make_trainer(
+    model: Path, layout: MegatronSettings | None, megatron: type[MegatronTrainer] = MegatronTrainer, **extra: Any
+) -> RankTrainer:
     """Microbatches of 64 tokens, so that there are several."""
     if layout and torch.cuda.is_available() and torch.cuda.device_count() < layout.num_ranks:
         pytest.skip(f"{layout.num_ranks} ranks need as many GPUs")
     settings = TrainerSettings(
         kind="megatron" if layout else "peft", max_tokens_per_microbatch=64, megatron=layout or MegatronSettings()
     )
-    make = MegatronTrainer if layout else PeftTrainer
+    make = megatron if layout else PeftTrainer
     return make(
         str(model),
         dtype="float32",
@@ -250,7 +272,7 @@ def test_dora_is_pefts(lives: Lives, folders: dict[str, Path], samples: list[Sam
 
 def test_dropout(run: RunTrainer, folders: dict[str, Path], samples: list[Sample]) -> None:
     """Of the adapter's input, in forward and backward; not of logprobs."""
-    trainer = showing(make_trainer(folders["qwen2"], LAYOUTS["1x1"]))
+    trainer = make_trainer(folders["qwen2"], LAYOUTS["1x1"], ShowingTrainer)
     found: list[Any] = []
 
     async def train() -> None:
@@ -336,13 +358,6 @@ def test_goes_on_from_what_another_layout_or_trainer_saved(
     assert relative(found, [life.next_loss]) <= 1e-5
 
 
-def showing(trainer: RankTrainer, layer: str = "FastLayer") -> RankTrainer:
-    specs = trainer._ranks._specs
-    factory = partial(ShowingRank, layer=layer, **specs[0].factory.keywords)  # type: ignore[attr-defined]
-    trainer._ranks._specs = [replace(spec, factory=factory) for spec in specs]
-    return trainer
-
-
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 def test_imports_an_adapter_of_pefts_and_merges_it(
     run: RunTrainer, folders: dict[str, Path], samples: list[Sample], tmp_path: Path, dora: bool
@@ -354,7 +369,7 @@ def test_imports_an_adapter_of_pefts_and_merges_it(
     )
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folders["qwen2"], dtype=torch.float32), config)
     model.save_pretrained(tmp_path / "adapter")
-    trainer = showing(make_trainer(folders["qwen2"], LAYOUTS["TP2"]))
+    trainer = make_trainer(folders["qwen2"], LAYOUTS["TP2"], ShowingTrainer)
     found: list[Any] = []
     merged: dict[str, Tensor] = {}
 
@@ -381,7 +396,7 @@ def test_fast_layer_is_megatrons_layer(
     run: RunTrainer, lives: Lives, folders: dict[str, Path], samples: list[Sample], tmp_path: Path
 ) -> None:
     found: list[Life] = []
-    trainer = showing(make_trainer(folders["qwen2"], LAYOUTS["1x1"]), layer="TransformerLayer")
+    trainer = make_trainer(folders["qwen2"], LAYOUTS["1x1"], MegatronsLayerTrainer)
     run(trainer, partial(live, trainer, samples, tmp_path, found))
     fast, _ = lives("qwen2", "1x1")
     assert relative(found[0].losses, fast.losses) <= 1e-5

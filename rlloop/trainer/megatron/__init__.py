@@ -19,15 +19,23 @@ from rlloop.trainer.rank_trainer import RankArguments, RankTrainer
 from rlloop.trainer.ranks import RankContext, RankSpec
 
 
+def _build_rank(context: RankContext, *, arguments: RankArguments, address: str, events_path: Path | None) -> object:
+    """In the rank."""
+    from rlloop.trainer.megatron.rank import MegatronRank
+
+    return MegatronRank(context, arguments, address, events_path)
+
+
 class MegatronTrainer(RankTrainer):
     """For one or many GPUs of a host, or, with gloo, the cores of a CPU. `settings.megatron` says how the model is divided."""
+
+    build_rank = staticmethod(_build_rank)
 
     def _specs(self, arguments: RankArguments, cores: frozenset[int] | None, log_path: Path | None) -> list[RankSpec]:
         layout = arguments.settings.megatron
         check_divisible(arguments.model, layout)
-        factory = partial(
-            _build, arguments=arguments, address=f"127.0.0.1:{_free_port()}", events_path=self._events.path
-        )
+        address = f"127.0.0.1:{_free_port()}"
+        factory = partial(self.build_rank, arguments=arguments, address=address, events_path=self._events.path)
         return [RankSpec(factory, part, log_path) for part in _divide(cores, layout.num_ranks)]
 
 
@@ -43,10 +51,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _build(context: RankContext, *, arguments: RankArguments, address: str, events_path: Path | None) -> object:
-    """Runs in the rank."""
-    from rlloop.trainer.megatron.rank import MegatronRank
-
-    return MegatronRank(context, arguments, address, events_path)
