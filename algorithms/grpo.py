@@ -1,17 +1,18 @@
-"""GRPO: group-relative policy optimisation, asynchronous.
+"""GRPO and its family: group-relative policy optimisation, asynchronous.
 
     rlloop grpo --config examples/quickstart.toml
-    python -m rlloop.algorithms.grpo --env reasoning_gym --env_args '{"dataset": "chain_sum"}'
+    rlloop grpo --preset gspo --env reasoning_gym --env_args '{"dataset": "chain_sum"}'
 
 Shao et al. 2024, DeepSeekMath (arXiv 2402.03300). A prompt is answered `group_size` times; an answer's advantage is its
-reward relative to the group's mean; every token of it gets that advantage in PPO's clipped surrogate.
+reward relative to the group's mean; every token of it gets that advantage in PPO's clipped surrogate. The family differs in
+three choices: advantage, surrogate, and what a token counts (`normalisation`); `--preset` makes them as a paper did, and
+each can be set alone, also to a function of one's own (`--loss my_file:my_surrogate`). See docs/algorithms.md.
 
-Deviations from the paper:
-* One optimizer step a batch, so old and new policy are equal when the gradient is taken, and nothing is clipped. Samples may
-  be `max_staleness` versions old: a truncated importance weight (`tis_cap`) corrects for that, and for the difference
-  between the engine's and the trainer's arithmetic.
-* Token normalisation (DAPO) is the default; the paper's is `--normalisation sequence`.
-* No KL penalty unless `kl_coef` is set.
+Deviations from the papers:
+* One optimizer step a batch, on samples that may be `max_staleness` versions old. The trainer's policy before the update equals
+  the updated one when the gradient is taken, so nothing is clipped; an importance weight (`correction`) corrects for age, and
+  for the engine's arithmetic. With `--proximal rollout` the ratio is to the policy that sampled, and clipping does that.
+* Without a preset: GRPO's advantage with DAPO's normalisation, and no KL penalty.
 * Samples without an advantage are not computed when there is no KL penalty: their gradient is zero.
 
 Expected: SmolLM2-135M-Instruct on `arithmetic` rises from about 0.1 to above 0.9 within 30 steps of 64 samples
@@ -22,65 +23,125 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
-from rlloop.advantages import group_centred, group_normalised, sequence_weights, token_weights
-from rlloop.config import RunSettings
+from rlloop.advantages import constant_weights, sequence_weights, token_weights
+from rlloop.config import CorrectionSettings, RunSettings
+from rlloop.plugins import is_path, load_object, name_or_path
 from rlloop.run import POLICY, open_run, run
-from rlloop.samples import make_samples, with_old_logprobs, with_ref_logprobs, without_signal_free
+from rlloop.samples import (
+    make_samples,
+    with_old_logprobs,
+    with_overlong_penalty,
+    with_ref_logprobs,
+    without_signal_free,
+    without_truncated,
+)
 from rlloop.trainer import Trainer
 from rlloop.types import Group, Metrics
 from rlloop.updates import optimizer_step
 
+ADVANTAGES = {
+    "normalised": "rlloop.advantages:group_normalised",
+    "centred": "rlloop.advantages:group_centred",
+    "leave_one_out": "rlloop.advantages:leave_one_out",
+    "raw": "rlloop.advantages:raw_rewards",
+}
+SURROGATES = {
+    "clipped": "rlloop.losses:clipped",
+    "sequence_clipped": "rlloop.losses:sequence_clipped",
+    "clipped_weight": "rlloop.losses:clipped_weight",
+    "geometric_clipped": "rlloop.losses:geometric_clipped",
+}
+_SEQUENCES = {"normalisation": "sequence", "proximal": "rollout"}
+PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {"normalisation": "sequence", "kl_coef": 0.04},
+    "dr_grpo": {"advantage": "centred", "normalisation": "constant"},
+    "dapo": {"clip_high": 0.28, "overlong_buffer": 0.2, "dynamic_sampling": 3.0},
+    "gspo": {**_SEQUENCES, "loss": "sequence_clipped", "clip_low": 3e-4, "clip_high": 4e-4},
+    "gmpo": {**_SEQUENCES, "loss": "geometric_clipped", "clip_low": 0.4, "clip_high": 0.4},
+    "cispo": {"proximal": "rollout", "loss": "clipped_weight", "clip_low": 1.0, "clip_high": 4.0},
+    "rloo": {"advantage": "leave_one_out", "normalisation": "constant"},
+    "reinforce_pp": {"advantage": "raw", "whiten": True},
+}
+
 
 class Config(RunSettings):
-    """GRPO: group-relative policy optimisation, asynchronous."""
+    """GRPO and its family: group-relative policy optimisation, asynchronous."""
 
-    advantage: Literal["normalised", "centred"] = "normalised"
-    """Reward minus the group's mean, divided by its standard deviation (GRPO) or not (Dr. GRPO)."""
-    normalisation: Literal["token", "sequence"] = "token"
-    """Whether every token of a step counts the same in the loss, or every sample."""
+    preset: Literal["grpo", "dr_grpo", "dapo", "gspo", "gmpo", "cispo", "rloo", "reinforce_pp"] | None = None
+    """Defaults of the settings below as a paper has them."""
+    advantage: Annotated[str, AfterValidator(partial(name_or_path, names=ADVANTAGES))] = "normalised"
+    """normalised, centred, leave_one_out, raw, or `module:function` of one's own: rewards [G] -> advantages [G]."""
+    whiten: bool = False
+    """Bring the advantages of a whole step to mean 0 and standard deviation 1."""
+    loss: Annotated[str, AfterValidator(partial(name_or_path, names=SURROGATES))] = "clipped"
+    """clipped, sequence_clipped, clipped_weight, geometric_clipped, or a `module:function` that takes what they take."""
+    normalisation: Literal["token", "sequence", "constant"] = "token"
+    """What counts the same in the loss: every token of a step, every sample, or a token of any step (1 / max_tokens)."""
+    proximal: Literal["trainer", "rollout"] = "trainer"
+    """The policy that the clipped ratio is to: the trainer's before the update, beside the correction, or the one that sampled,
+    which needs none."""
     clip_low: float = Field(0.2, gt=0, le=1)
-    """The ratio is clipped below 1 - clip_low."""
+    """The ratio is clipped below 1 - clip_low (geometric_clipped: exp(-clip_low))."""
     clip_high: float = Field(0.2, gt=0)
-    """The ratio is clipped above 1 + clip_high."""
-    tis_cap: float = Field(2.0, ge=1)
-    """Cap of the importance weight that corrects for stale samples and for the engine's arithmetic."""
+    """The ratio is clipped above 1 + clip_high (geometric_clipped: exp(clip_high))."""
+    correction: CorrectionSettings = CorrectionSettings()
+    """Importance weights for stale samples and for the engine's arithmetic."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the KL divergence to the base model in the loss."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How that is estimated at each token."""
+    overlong_buffer: float = Field(0.0, ge=0, lt=1)
+    """Over this share of `sampling.max_tokens` before the limit, a completion's reward falls by up to 1."""
+    mask_truncated: bool = False
+    """Completions that the token limit cut off carry no loss."""
     recompute_old_logprobs: bool = False
     """Take old logprobs from a forward pass of their own; makes no difference with one optimizer step a batch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return PRESETS.get(data.get("preset") or "", {}) | data
 
 
 async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metrics:
     """One optimizer step on the groups of one step."""
-    from rlloop.losses import clipped_surrogate  # imports torch, which `rlloop --help` need not wait for
+    from rlloop.losses import policy_loss  # imports torch, which `rlloop --help` need not wait for
 
-    samples = make_samples(
-        groups,
-        advantages={"normalised": group_normalised, "centred": group_centred}[config.advantage],
-        loss_weights={"token": token_weights, "sequence": sequence_weights}[config.normalisation],
-    )
+    max_tokens = config.sampling.max_tokens
+    if config.overlong_buffer:
+        groups = with_overlong_penalty(groups, max_tokens=max_tokens, buffer=config.overlong_buffer * max_tokens)
+    if config.mask_truncated:
+        groups = without_truncated(groups)
+    advantages = load_object(ADVANTAGES.get(config.advantage, config.advantage))
+    constant = partial(constant_weights, max_tokens=max_tokens)
+    weights = {"token": token_weights, "sequence": sequence_weights, "constant": constant}[config.normalisation]
+    samples = make_samples(groups, advantages, weights, whiten=config.whiten)
     if config.kl_coef:
         samples = await with_ref_logprobs(trainer, samples)
     else:
         samples = without_signal_free(samples)
     if config.recompute_old_logprobs:
         samples = await with_old_logprobs(trainer, POLICY, samples)
+    surrogate = load_object(SURROGATES.get(config.loss, config.loss))
     loss = partial(
-        clipped_surrogate,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        tis_cap=config.tis_cap,
+        policy_loss,
+        surrogate=partial(surrogate, clip_low=config.clip_low, clip_high=config.clip_high),
+        proximal=config.proximal,
+        correction=config.correction.model_dump(),
         kl_coef=config.kl_coef,
+        kl_estimator=config.kl_estimator,
     )
     return await optimizer_step(trainer, POLICY, samples, loss, config.optim.adam)
 
 
 async def train(config: Config, marker: str) -> None:
     """Train under a running event loop; `marker` is that of `rlloop.processes.guard`."""
+    for path in filter(is_path, (config.advantage, config.loss)):
+        load_object(path)  # before the ranks start: they search where this process does
     async with open_run(config, marker) as grpo:
         await grpo.train(partial(update, config=config))
 

@@ -28,7 +28,7 @@ from _runs import endless_model
 from rlloop.config import EngineSettings, RunSettings, TrainerSettings
 from rlloop.engine import Engine
 from rlloop.engine.vllm import start_vllm
-from rlloop.losses import clipped_surrogate
+from rlloop.losses import policy_loss
 from rlloop.placement import place
 from rlloop.processes import shared_memory_prefix
 from rlloop.refit.transports import DiskWriter, MemoryWriter
@@ -119,7 +119,7 @@ async def make_adapter(trainer: Trainer, name: str, lora: LoraConfig) -> None:
     random = np.random.default_rng(lora.seed)
     samples = [sample(random.integers(100, 40000, 40), np.zeros(40), sign) for sign in (1.0, -1.0)]
     for _ in range(2):
-        await trainer.forward_backward(name, samples, clipped_surrogate)
+        await trainer.forward_backward(name, samples, policy_loss)
         await trainer.optim_step(name, AdamConfig(lr=5e-3))
 
 

@@ -37,6 +37,44 @@ def group_normalised(rewards: ArrayLike, *, eps: float = 1e-4) -> Array:
     return centred_g / (centred_g.std(ddof=1) + eps)
 
 
+def leave_one_out(rewards: ArrayLike) -> Array:
+    """Rewards [G] of one prompt -> advantages [G] = r_i - mean of the others = (r_i - mean(r)) * G / (G - 1).
+
+    RLOO (Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!"; Ahmadian et al. 2024, arXiv 2402.14740): a
+    baseline that does not depend on the rollout itself, so the gradient is unbiased. A single rollout has none: 0.
+    """
+    centred_g = group_centred(rewards)
+    return centred_g * centred_g.size / max(centred_g.size - 1, 1)
+
+
+def raw_rewards(rewards: ArrayLike) -> Array:
+    """Rewards [G] of one prompt -> advantages [G], the rewards themselves: for algorithms that whiten over the batch."""
+    return np.asarray(rewards, np.float64)
+
+
+def whitened(advantages: ArrayLike, *, eps: float = 1e-8) -> Array:
+    """Advantages [S] of the rollouts of one step -> (a - mean(a)) / (std(a) + eps).
+
+    REINFORCE++ (Hu et al. 2025, arXiv 2501.03262, equation 3): one scale for the whole batch, so that a prompt whose rewards
+    hardly differ is not weighted up. Advantages that are all equal become 0.
+    """
+    advantages_s = np.asarray(advantages, np.float64)
+    if np.ptp(advantages_s) == 0:
+        return np.zeros_like(advantages_s)
+    return (advantages_s - advantages_s.mean()) / (advantages_s.std() + eps)
+
+
+def overlong_penalties(lengths: ArrayLike, *, max_tokens: int, buffer: int) -> Array:
+    """Lengths [G] of completions -> what is added to their rewards [G]: 0, then linearly down to -1 over the last `buffer`
+    tokens before `max_tokens`.
+
+    Soft overlong punishment of DAPO (Yu et al. 2025, arXiv 2503.14476, equation 13): an answer that is cut off was not
+    wrong at once, so the reward should not fall by a step.
+    """
+    lengths_g = np.asarray(lengths, np.float64)
+    return -np.clip((lengths_g - (max_tokens - buffer)) / buffer, 0, 1)
+
+
 def token_weights(num_loss_tokens: Sequence[int]) -> Array:
     """Tokens that carry loss in each sample [S] -> weight of a token of each sample [S] = 1 / sum(num_loss_tokens).
 
@@ -55,3 +93,12 @@ def sequence_weights(num_loss_tokens: Sequence[int]) -> Array:
     """
     counts_s = np.asarray(num_loss_tokens, np.float64)
     return 1 / (counts_s.size * np.maximum(counts_s, 1))
+
+
+def constant_weights(num_loss_tokens: Sequence[int], *, max_tokens: int) -> Array:
+    """Tokens that carry loss in each sample [S] -> weight of a token of each sample [S] = 1 / (S * max_tokens).
+
+    A token counts the same in every step and in every sample, however long that is: dividing by a length favours short
+    right answers and long wrong ones (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783, section 3.1).
+    """
+    return np.full(len(num_loss_tokens), 1 / (max(len(num_loss_tokens), 1) * max_tokens))

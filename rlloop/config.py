@@ -87,6 +87,27 @@ class OptimSettings(Settings):
         return AdamConfig(self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay, self.max_grad_norm)
 
 
+class CorrectionSettings(Settings):
+    """What a token counts that another policy version sampled, or an engine that computes a little differently."""
+
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """Importance weight of each token, of its whole sample, or the sample's geometric mean."""
+    bound: Literal["truncate", "mask", "none"] = "truncate"
+    """Truncate the weight at `cap`, drop tokens whose weight lies outside floor to cap, or do not correct."""
+    floor: float = Field(0.0, ge=0)
+    """Lowest weight that `mask` keeps."""
+    cap: float = Field(2.0, gt=0)
+    """Greatest weight."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CorrectionSettings:
+        if self.floor >= self.cap:
+            raise ValueError(f"floor {self.floor} is not below cap {self.cap}")
+        if self.floor and self.bound != "mask":
+            raise ValueError(f"floor is for bound mask only, got bound {self.bound}")
+        return self
+
+
 class MegatronSettings(Settings):
     """How the megatron trainer divides the model; it starts tensor x pipeline x data parallel ranks, each on a GPU."""
 
@@ -222,6 +243,8 @@ class RunSettings(Settings):
     """Prompts that one step trains on."""
     group_size: int = Field(8, ge=1)
     """Rollouts of one prompt."""
+    dynamic_sampling: float = Field(0.0, ge=0)
+    """Groups whose rewards are all equal, which teach nothing, are replaced: each step up to this times groups_per_step."""
     max_staleness: int = Field(2, ge=0)
     """How many versions older than the trainer's a rollout may be; 0 is the synchronous loop."""
     on_stale: Literal["correct", "drop", "wait"] = "correct"

@@ -6,19 +6,16 @@ chat messages into tokens; one that works on tokens collects them in a `Trajecto
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
-import os
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 import numpy as np
 
-from rlloop.errors import BadEnvironmentError, RlloopError
+from rlloop.errors import BadEnvironmentError, ConfigError, RlloopError
+from rlloop.plugins import is_path, load_object, suggest
 from rlloop.types import Completion, Message, Rollout
 
 ENTRY_POINTS = "rlloop.environments"
@@ -226,26 +223,16 @@ def load_environment(name: str, args: Mapping[str, Any]) -> Environment:
 
 def _find(name: str) -> Callable[..., Environment]:
     registered = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
-    module_name, colon, class_name = registered.get(name, name).partition(":")
-    if not (module_name and colon and class_name):
+    path = registered.get(name, name)
+    if not is_path(path):
         raise BadEnvironmentError(
-            f"no environment is called {name!r}{_suggest(name, registered)}; there are {', '.join(sorted(registered))} "
+            f"no environment is called {name!r}{suggest(name, registered)}; there are {', '.join(sorted(registered))} "
             "and any package.module:Class"
         )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        # The module itself is missing, rather than one that it imports.
-        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-            reason = f"neither the installed packages nor {os.getcwd()} have a module {error.name}"
-        raise BadEnvironmentError(f"environment {name} cannot be imported: {reason}") from error
-    found = getattr(module, class_name, None)
-    if not callable(found):
-        raise BadEnvironmentError(f"module {module_name} has no class {class_name}{_suggest(class_name, dir(module))}")
-    return found
+        return load_object(path)
+    except ConfigError as error:
+        raise BadEnvironmentError(f"environment {error}") from error
 
 
 def _check_arguments(name: str, make: Callable[..., Environment], args: Mapping[str, Any]) -> None:
@@ -254,11 +241,6 @@ def _check_arguments(name: str, make: Callable[..., Environment], args: Mapping[
         signature.bind(**args)
     except TypeError as error:
         unknown = [arg for arg in args if arg not in signature.parameters]
-        hint = _suggest(unknown[0], signature.parameters) if unknown else ""
+        hint = suggest(unknown[0], signature.parameters) if unknown else ""
         takes = f"it takes {signature}" if signature.parameters else "it takes none"
         raise BadEnvironmentError(f"arguments of environment {name}: {error}{hint}; {takes}") from error
-
-
-def _suggest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

@@ -71,7 +71,8 @@ class Stages(Protocol):
 class Loop:
     """Runs the updates up to `num_steps`; the first `first_step` of them are done already, by the run that is resumed.
 
-    The refit must have published version `first_step`.
+    The refit must have published version `first_step`. Up to `max_filtered` groups a step that show no difference in reward
+    are replaced by others.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Loop:
         num_slots: int,
         num_steps: int,
         min_group_size: int = 1,
+        max_filtered: int = 0,
         first_step: int = 0,
     ) -> None:
         self._stages = stages
@@ -95,6 +97,9 @@ class Loop:
         self._num_slots = num_slots
         self._num_steps = num_steps
         self._min_group_size = min_group_size
+        self._max_filtered = max_filtered
+        self._num_filtered = 0
+        """Since the last update."""
         self.version = first_step
         """Updates that the weights have seen."""
         self._scopes: defaultdict[int, set[CancelScope]] = defaultdict(set)
@@ -124,6 +129,7 @@ class Loop:
                 received = monotonic()
                 metrics = await self._stages.update(groups)
                 self.version += 1
+                self._num_filtered = 0
                 self._ledger.trained([group.prompt.ordinal for group in groups], self.version)
                 updated = monotonic()
                 report = RefitReport.interrupted(self.version)
@@ -166,20 +172,29 @@ class Loop:
             try:
                 group = await self._stages.sample(prompt, version)
                 self.failures.update(failure.kind for failure in group.failures)
-                reason = "failed" if len(group.rollouts) < self._min_group_size else None
+                reason = self._reason_to_drop(group)
             except PromptTooLong:
                 reason = "too_long"
             finally:
                 self.num_in_flight -= 1
                 self._scopes[version].discard(scope)
-        if reason is None:
+        if reason in (None, "filtered"):
             self._failed_in_a_row = 0
+        if reason is None:
             return group
         self._backlog.abandon(version)
         self._send.send_nowait(None)  # an update may have waited for it
         self._drop(ordinal, reason)
-        if reason != "stale":
+        if reason in ("failed", "too_long"):
             self._stop_if_all_fail(group)
+        return None
+
+    def _reason_to_drop(self, group: Group) -> DropReason | None:
+        if len(group.rollouts) < self._min_group_size:
+            return "failed"
+        if self._num_filtered < self._max_filtered and min(group.rewards) == max(group.rewards):
+            self._num_filtered += 1
+            return "filtered"
         return None
 
     def _drop(self, ordinal: int, reason: DropReason) -> None:

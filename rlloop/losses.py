@@ -1,77 +1,154 @@
 """Policy losses: functions of (logprobs, tokens) that a trainer runs in its ranks. See `rlloop.trainer.Loss`.
 
-A loss is a sum over tokens, each times its `loss_weights`, so that neither microbatches nor ranks change it. It returns
-per-token metrics without gradient, which the trainer reduces. Bind the settings with functools.partial:
+`policy_loss` puts one together from a surrogate, a correction for tokens of another sampler, and a KL penalty. It is a sum
+over tokens, each times its `loss_weights`, so that neither microbatches nor ranks change it, and returns per-token metrics
+without gradient, which the trainer reduces. Bind the settings with functools.partial:
 
-    loss = functools.partial(clipped_surrogate, clip_low=0.2, clip_high=0.28, tis_cap=2.0, kl_coef=0.0)
+    loss = partial(policy_loss, surrogate=partial(clipped, clip_low=0.2, clip_high=0.28), kl_coef=0.0)
 
-Shapes: everything is [N], the tokens of a microbatch that carry loss.
+Shapes: everything is [N], the tokens of a microbatch that carry loss. A ratio is exp(logprobs - old_logprobs); what is old to
+a surrogate, `policy_loss` says.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from rlloop.corrections import mismatch_ratio, truncated
+from rlloop.corrections import importance_weights, mismatch_ratio, sample_mean
 
 if TYPE_CHECKING:
     from rlloop.trainer import TokenBatch
 
+Surrogate: TypeAlias = "Callable[[Tensor, Tensor, TokenBatch], tuple[Tensor, Mapping[str, Tensor]]]"
+"""(logprobs [N] under gradient, old_logprobs [N], tokens) -> (loss of each token [N], metrics [N])."""
+Proximal = Literal["trainer", "rollout"]
+KlEstimator = Literal["k1", "k2", "k3"]
 
-def clipped_surrogate(
+
+def clipped(
+    logprobs: Tensor, old_logprobs: Tensor, tokens: TokenBatch, *, clip_low: float = 0.2, clip_high: float = 0.2
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A).
+
+    PPO (Schulman et al. 2017, arXiv 1707.06347, equation 7); separate bounds: DAPO (Yu et al. 2025, arXiv 2503.14476).
+    """
+    return _clipped((logprobs - old_logprobs).exp(), tokens.advantages, clip_low, clip_high)
+
+
+def sequence_clipped(
+    logprobs: Tensor, old_logprobs: Tensor, tokens: TokenBatch, *, clip_low: float = 3e-4, clip_high: float = 4e-4
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `clipped`, with the sample's geometric mean of the ratios for each of its tokens.
+
+    GSPO (Zheng et al. 2025, "Group Sequence Policy Optimization", arXiv 2507.18071, equations 5 to 7). The mean stays
+    close to 1: the bounds are the paper's, and much narrower than a token's.
+    """
+    ratio = sample_mean(logprobs - old_logprobs, tokens.sample_index).exp()
+    return _clipped(ratio, tokens.advantages, clip_low, clip_high)
+
+
+def clipped_weight(
+    logprobs: Tensor, old_logprobs: Tensor, tokens: TokenBatch, *, clip_low: float = 1.0, clip_high: float = 4.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-detach(clip(ratio, 1 - clip_low, 1 + clip_high)) * A * logprob: a token that is clipped still has a gradient.
+
+    CISPO (MiniMax 2025, "MiniMax-M1", arXiv 2506.13585, equations 4 and 5), which has no lower bound: clip_low 1.
+    """
+    ratio = (logprobs - old_logprobs).exp().detach()
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
+    metrics = {"ratio": ratio, "clip_frac_low": ratio < 1 - clip_low, "clip_frac_high": ratio > 1 + clip_high}
+    return -weight * tokens.advantages * logprobs, metrics
+
+
+def geometric_clipped(
+    logprobs: Tensor, old_logprobs: Tensor, tokens: TokenBatch, *, clip_low: float = 0.4, clip_high: float = 0.4
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-A * the sample's geometric mean of its ratios, each clipped (pessimistically) to [e^-clip_low, e^clip_high].
+
+    GMPO (Zhao et al. 2025, "Geometric-Mean Policy Optimization", arXiv 2507.20673, equation 4; bounds of section 3.2).
+    """
+    log_ratio, sign = logprobs - old_logprobs, tokens.advantages.sign()
+    lowest = torch.min(sign * log_ratio, sign * log_ratio.clamp(-clip_low, clip_high))
+    mean = sample_mean(sign * lowest, tokens.sample_index).exp()
+    return -mean * tokens.advantages, {
+        "ratio": log_ratio.exp(),
+        "clip_frac_low": (log_ratio < -clip_low) & (sign < 0),
+        "clip_frac_high": (log_ratio > clip_high) & (sign > 0),
+    }
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, dict[str, Tensor]]:
+    token_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    return token_loss, {
+        "ratio": ratio,
+        # 1 where the bound removed the token's gradient
+        "clip_frac_low": (ratio < 1 - clip_low) & (advantages < 0),
+        "clip_frac_high": (ratio > 1 + clip_high) & (advantages > 0),
+    }
+
+
+def policy_loss(
     logprobs: Tensor,
     tokens: TokenBatch,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    tis_cap: float = 2.0,
+    surrogate: Surrogate = clipped,
+    proximal: Proximal = "trainer",
+    correction: Mapping[str, Any] | None = None,
     kl_coef: float = 0.0,
+    kl_estimator: KlEstimator = "k3",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped surrogate, with a weight for tokens of another sampler and a KL penalty to the base.
+    """The sum of loss_weights * (w * surrogate + kl_coef * KL to the base).
 
-        loss = sum_n loss_weights_n * (kl_coef * ratio_n * kl_ref_n - w_n * min(ratio_n * A_n, clip(ratio_n) * A_n))
-        ratio = exp(logprobs - old_logprobs),  clip(x) = min(max(x, 1 - clip_low), 1 + clip_high)
-        w = min(exp(old_logprobs - rollout_logprobs), tis_cap)
-
-    Surrogate: Schulman et al. 2017, arXiv 1707.06347, equation 7; separate bounds: DAPO (Yu et al. 2025, arXiv
-    2503.14476); w: see `corrections.truncated`; kl_ref: see `kl_k3`. The ratio before kl_ref, even where its value is
-    1, makes the gradient that of the KL (for samples of the present version), which k3 alone does not (DeepSeek-V3.2,
-    arXiv 2512.02556; TRL's default, too).
+    `proximal`: which policy the surrogate's ratio is to. `trainer`: the trainer's before the update, and w are
+    `corrections.importance_weights` with the settings `correction` (decoupled PPO, Hilton et al. 2021, arXiv 2110.00641).
+    `rollout`: the one that sampled, as PPO was published; the ratio itself corrects, and w is 1.
 
     `tokens.old_logprobs` None stands for `logprobs.detach()`. That is exact when the batch is used for one optimizer
-    step, because the gradient is taken where old and new policy are equal: ratio is 1, nothing is clipped, and what
-    is left is the policy gradient weighted by w, which then also corrects for the age of the sample.
+    step, because the gradient is taken where old and new policy are equal: the ratio to it is 1, nothing is clipped, and
+    what is left is the policy gradient weighted by w, which then also corrects for the age of the sample.
 
-    Metrics: `ratio`, `clip_frac_low` and `clip_frac_high` (1 where the bound removed the token's gradient),
-    `mismatch_ratio` (w before the cap), `sampler_kl` (KL of the rollout's policy to the old one), and `kl_ref` where
-    the samples carry `ref_logprobs`. Raises ValueError for a kl_coef without `tokens.ref_logprobs`.
+    Metrics: those of the surrogate, `mismatch_ratio` (of each token, before any bound), `sampler_kl` (KL of the rollout's
+    policy to the old one), and `kl_ref` where the samples carry `ref_logprobs`. Raises ValueError for a kl_coef without
+    `tokens.ref_logprobs`.
     """
-    advantages = tokens.advantages
     old_logprobs = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
-
-    ratio = (logprobs - old_logprobs).exp()
-    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    mismatch = mismatch_ratio(old_logprobs, tokens.rollout_logprobs)
-    token_loss = -truncated(mismatch, tis_cap) * surrogate
-
+    if proximal == "rollout":
+        token_loss, metrics = surrogate(logprobs, tokens.rollout_logprobs, tokens)
+    else:
+        token_loss, metrics = surrogate(logprobs, old_logprobs, tokens)
+        token_loss = token_loss * importance_weights(
+            old_logprobs, tokens.rollout_logprobs, tokens.sample_index, **(correction or {})
+        )
     metrics = {
-        "ratio": ratio,
-        "clip_frac_low": (ratio < 1 - clip_low) & (advantages < 0),
-        "clip_frac_high": (ratio > 1 + clip_high) & (advantages > 0),
-        "mismatch_ratio": mismatch,
+        **metrics,
+        "mismatch_ratio": mismatch_ratio(old_logprobs, tokens.rollout_logprobs),
         "sampler_kl": kl_k3(tokens.rollout_logprobs, old_logprobs),
     }
     if tokens.ref_logprobs is not None:
-        metrics["kl_ref"] = kl_ref = kl_k3(logprobs, tokens.ref_logprobs)
-        token_loss = token_loss + kl_coef * ratio * kl_ref
+        metrics["kl_ref"] = kl_k3(logprobs, tokens.ref_logprobs)
+        token_loss = token_loss + kl_coef * kl_penalty(logprobs, old_logprobs, tokens.ref_logprobs, kl_estimator)
     elif kl_coef:
         raise ValueError(f"kl_coef={kl_coef} needs the base's logprobs, but the samples carry no ref_logprobs")
-
     loss = (tokens.loss_weights * token_loss).sum()
     return loss, {name: metric.detach().to(logprobs.dtype) for name, metric in metrics.items()}
+
+
+def kl_penalty(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, estimator: KlEstimator) -> Tensor:
+    """What is added to the loss of each token [N] for KL(policy || base), so that its gradient is that of the KL.
+
+    k1: ratio * (logprobs - ref); k2: (logprobs - ref)^2 / 2; k3: ratio * `kl_k3`. The ratio before k1 and k3, even where
+    its value is 1, is what makes their gradient right (for samples of the present version; DeepSeek-V3.2, arXiv
+    2512.02556); that of k2 is right without one (Tang & Munos 2025, arXiv 2506.09477). k3 varies least.
+    """
+    difference = logprobs - ref_logprobs
+    if estimator == "k2":
+        return difference.square() / 2
+    ratio = (logprobs - old_logprobs).exp()
+    return ratio * (difference if estimator == "k1" else kl_k3(logprobs, ref_logprobs))
 
 
 def kl_k3(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:

@@ -61,6 +61,7 @@ class StepMetrics:
             "async/dropped_groups": change["dropped"],
             "async/dropped_stale": change["stale"],
             "async/dropped_failed": change["failed"],
+            "async/dropped_filtered": change["filtered"],
             "rollout/errors": change["errors"],
             "rollout/timeouts": change["timeouts"],
             "time/step": seconds,
@@ -92,6 +93,7 @@ class StepMetrics:
             "dropped": float(sum(self._loop.dropped.values())),
             "stale": float(self._loop.dropped["stale"]),
             "failed": float(self._loop.dropped["failed"]),
+            "filtered": float(self._loop.dropped["filtered"]),
             "errors": float(self._loop.failures["error"]),
             "timeouts": float(self._loop.failures["timeout"]),
         }

@@ -78,6 +78,7 @@ class Run:
             num_slots=settings.num_slots,
             num_steps=settings.num_steps,
             min_group_size=settings.environment.min_group_size,
+            max_filtered=round(settings.dynamic_sampling * settings.groups_per_step),
             first_step=self.first_step,
         )
         self._metrics = StepMetrics(loop, self.ledger, self.engine)

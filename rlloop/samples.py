@@ -9,8 +9,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from rlloop.advantages import overlong_penalties, whitened
 from rlloop.trainer import Trainer
-from rlloop.types import Group, Sample
+from rlloop.types import Group, Rollout, Sample
 
 Advantages: TypeAlias = Callable[[Sequence[float]], NDArray[np.float64]]
 """Rewards [G] of one prompt -> advantages [G]; see `rlloop.advantages`."""
@@ -18,10 +19,17 @@ LossWeights: TypeAlias = Callable[[Sequence[int]], NDArray[np.float64]]
 """Loss tokens of each sample [S] -> weight of each of its tokens [S]; see `rlloop.advantages`."""
 
 
-def make_samples(groups: Sequence[Group], advantages: Advantages, loss_weights: LossWeights) -> list[Sample]:
-    """One sample for each rollout that has a loss token; each of its tokens gets the rollout's advantage."""
+def make_samples(
+    groups: Sequence[Group], advantages: Advantages, loss_weights: LossWeights, *, whiten: bool = False
+) -> list[Sample]:
+    """One sample for each rollout that has a loss token; each of its tokens gets the rollout's advantage.
+
+    `whiten`: see `rlloop.advantages.whitened`.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     credit_of = np.concatenate([advantages(group.rewards) for group in groups])
+    if whiten:
+        credit_of = whitened(credit_of)
     prompt_ids = [group.prompt.ordinal for group in groups for _ in group.rollouts]
     weights = loss_weights([int(rollout.loss_mask.sum()) for rollout in rollouts])
     return [
@@ -36,6 +44,37 @@ def make_samples(groups: Sequence[Group], advantages: Advantages, loss_weights: 
         for rollout, credit, weight, prompt_id in zip(rollouts, credit_of, weights, prompt_ids, strict=True)
         if rollout.loss_mask.any()
     ]
+
+
+def with_overlong_penalty(groups: Sequence[Group], *, max_tokens: int, buffer: int) -> list[Group]:
+    """Lower the rewards of long rollouts; see `rlloop.advantages.overlong_penalties`."""
+    found = []
+    for group in groups:
+        lengths = [_longest_turn(rollout) for rollout in group.rollouts]
+        penalties = overlong_penalties(lengths, max_tokens=max_tokens, buffer=buffer)
+        rewards = tuple(float(reward + penalty) for reward, penalty in zip(group.rewards, penalties, strict=True))
+        found.append(replace(group, rewards=rewards))
+    return found
+
+
+def _longest_turn(rollout: Rollout) -> int:
+    """In tokens: the limit is one of each turn."""
+    borders = np.flatnonzero(np.diff(rollout.loss_mask, prepend=False, append=False))
+    return int((borders[1::2] - borders[::2]).max(initial=0))
+
+
+def without_truncated(groups: Sequence[Group]) -> list[Group]:
+    """Rollouts that the token limit cut off carry no loss; their rewards still count in their group's mean.
+
+    Overlong filtering of DAPO (Yu et al. 2025, arXiv 2503.14476, section 3.4).
+    """
+
+    def mask(rollout: Rollout) -> Rollout:
+        if rollout.finish_reason != "length":
+            return rollout
+        return replace(rollout, loss_mask=np.zeros_like(rollout.loss_mask))
+
+    return [replace(group, rollouts=tuple(mask(rollout) for rollout in group.rollouts)) for group in groups]
 
 
 def without_signal_free(samples: Sequence[Sample]) -> list[Sample]:

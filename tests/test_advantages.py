@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from rlloop.advantages import group_centred, group_normalised, sequence_weights, token_weights
+from rlloop.advantages import (
+    constant_weights,
+    group_centred,
+    group_normalised,
+    leave_one_out,
+    overlong_penalties,
+    sequence_weights,
+    token_weights,
+    whitened,
+)
 
 
 def test_group_centred() -> None:
@@ -39,3 +48,24 @@ def test_weights_of_samples_without_loss_tokens_are_finite() -> None:
     assert np.isfinite(token_weights([0, 0])).all()
     # The empty sample still counts: the other keeps 1 / (2 * 4).
     np.testing.assert_allclose(sequence_weights([0, 4])[1], 0.125, atol=1e-12)
+
+
+def test_leave_one_out_is_the_difference_to_the_others_mean() -> None:
+    np.testing.assert_allclose(leave_one_out([1.0, 0.0, 0.5]), [0.75, -0.75, 0.0], atol=1e-12)  # 1 - (0 + 0.5) / 2
+    assert leave_one_out([3.0]).tolist() == [0.0]
+
+
+def test_whitened() -> None:
+    # mean 2, squared deviations 4 + 0 + 4 over 3: std 1.6329932
+    np.testing.assert_allclose(whitened([0.0, 2.0, 4.0]), [-1.2247449, 0.0, 1.2247449], atol=1e-6)
+    assert whitened([0.1, 0.1, 0.1]).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_overlong_penalties_fall_over_the_buffer() -> None:
+    found = overlong_penalties([1, 80, 90, 95, 100, 130], max_tokens=100, buffer=20)
+    np.testing.assert_allclose(found, [0, 0, -0.5, -0.75, -1, -1], atol=1e-12)
+
+
+def test_constant_weights_depend_on_no_length() -> None:
+    assert constant_weights([1, 7], max_tokens=10).tolist() == [0.05, 0.05]
+    assert constant_weights([], max_tokens=10).tolist() == []

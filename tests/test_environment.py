@@ -238,7 +238,7 @@ class Abstract(rlloop.environment.MessageEnvironment):
         ("rlloop_missing:Env", {}, "have a module rlloop_missing"),
         ("rlloop.envs.missing:Env", {}, "have a module rlloop.envs.missing"),
         ("broken_import:Env", {}, "cannot be imported: ModuleNotFoundError: No module named 'missing_dependency'"),
-        ("rlloop.envs.arithmetic:Arithmetik", {}, r"no class Arithmetik \(did you mean Arithmetic\?\)"),
+        ("rlloop.envs.arithmetic:Arithmetik", {}, r"no function or class Arithmetik \(did you mean Arithmetic\?\)"),
         ("arithmetic", {"max_operands": 3}, r"'max_operands' \(did you mean max_operand\?\); it takes \(max_operand"),
         ("arithmetic", {"max_operand": -1}, "ValueError: max_operand must be at least 0, got -1"),
         ("reasoning_gym", {}, "missing a required argument: 'dataset'"),

@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import anyio
@@ -37,6 +38,7 @@ class FakeStages:
     rng: random.Random
     straggler: int = 0
     fail: Any = lambda prompt: None
+    rewards: Any = lambda prompt: (0.0,)
     update_seconds: float = 0.0005
     steps: list[Step] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
@@ -58,7 +60,8 @@ class FakeStages:
                 return Group(prompt, (), (), version, (failure,))
         finally:
             self.num_sampling -= 1
-        return Group(prompt, (rollout(version),), (0.0,), version)
+        rewards = self.rewards(prompt)
+        return Group(prompt, (rollout(version),) * len(rewards), rewards, version)
 
     async def update(self, groups: list[Group]) -> Metrics:
         await anyio.sleep(self.update_seconds)
@@ -81,7 +84,14 @@ def rollout(version: int) -> Rollout:
 
 
 async def run(
-    stages: FakeStages, on_stale: str, *, bound: int, per_step: int = 2, num_steps: int = 12, num_tasks: int = 7
+    stages: FakeStages,
+    on_stale: str,
+    *,
+    bound: int,
+    per_step: int = 2,
+    num_steps: int = 12,
+    num_tasks: int = 7,
+    max_filtered: int = 0,
 ) -> tuple[Loop, Ledger, FakeEngine]:
     limit = CAP * max(bound, 1) if on_stale == "correct" else bound
     engine, ledger = FakeEngine(), Ledger(num_tasks, 0, "")
@@ -104,6 +114,7 @@ async def run(
         groups_per_step=per_step,
         num_slots=per_step * (bound + 1),
         num_steps=num_steps,
+        max_filtered=max_filtered,
     )
     with anyio.fail_after(20):
         await loop.run()
@@ -235,3 +246,25 @@ def test_no_prompt_is_sampled_that_no_step_needs() -> None:
     stages = FakeStages(FakeTrainer(), random.Random(0))
     anyio.run(lambda: run(stages, "correct", bound=3, num_steps=5))
     assert sum(line.startswith("sample") for line in stages.log) == 10
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_without_a_signal_are_replaced(backend: str) -> None:
+    stages = FakeStages(FakeTrainer(), random.Random(0), rewards=lambda p: (1.0, float(p.ordinal % 3 == 0)))
+    loop, ledger, _ = anyio.run(
+        partial(run, stages, "correct", bound=1, num_steps=6, max_filtered=100), backend=backend
+    )
+    trained = [group.prompt.ordinal for step in stages.steps for group in step.groups]
+    assert len(trained) == 12
+    assert all(ordinal % 3 for ordinal in trained)
+    assert loop.dropped == {"filtered": ledger.counts["filtered"]}
+    assert ledger.counts["filtered"] >= 5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_more_groups_are_replaced_in_a_step_than_allowed(backend: str) -> None:
+    """Not even where no group has a signal: the run goes on, and does not count them as failures."""
+    stages = FakeStages(FakeTrainer(), random.Random(0), rewards=lambda p: (1.0, 1.0))
+    loop, _, _ = anyio.run(partial(run, stages, "correct", bound=1, num_steps=6, max_filtered=30), backend=backend)
+    assert [step.number for step in stages.steps] == [1, 2, 3, 4, 5, 6]
+    assert 30 <= loop.dropped["filtered"] <= 6 * 30

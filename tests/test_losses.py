@@ -1,9 +1,10 @@
-"""The clipped surrogate against hand-computed numbers, finite differences, and TRL's own GRPOTrainer."""
+"""Policy losses against hand-computed numbers, finite differences, and TRL's own GRPOTrainer."""
 
 from __future__ import annotations
 
 import pickle
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlloop.advantages import group_normalised, sequence_weights, token_weights
-from rlloop.losses import clipped_surrogate, kl_k3
+from rlloop.advantages import constant_weights, group_normalised, sequence_weights, token_weights
+from rlloop.losses import (
+    Surrogate,
+    clipped,
+    clipped_weight,
+    geometric_clipped,
+    kl_penalty,
+    policy_loss,
+    sequence_clipped,
+)
+from rlloop.plugins import load_object
 from rlloop.trainer import TokenBatch
 
 
@@ -25,6 +35,7 @@ def batch(advantages: Tensor, rollout_logprobs: Tensor, **fields: Tensor | None)
         "loss_weights": torch.ones_like(advantages),
         "old_logprobs": None,
         "ref_logprobs": None,
+        "sample_index": torch.zeros(len(advantages), dtype=torch.int64),
         "entropy": torch.zeros_like(advantages),
     }
     return TokenBatch(advantages=advantages, rollout_logprobs=rollout_logprobs, **(defaults | fields))
@@ -38,7 +49,7 @@ ADVANTAGES = float64(2, 2, 2, -1, -1, -1)
 
 def test_surrogate_by_hand() -> None:
     tokens = batch(ADVANTAGES, OLD, old_logprobs=OLD)
-    loss, metrics = clipped_surrogate(NEW, tokens, clip_low=0.2, clip_high=0.28, tis_cap=2.0)
+    loss, metrics = policy_loss(NEW, tokens, surrogate=partial(clipped, clip_low=0.2, clip_high=0.28))
     # A > 0: ratios 1.28 (clipped), 0.5, 1.1; A < 0: ratios 1.5, 0.8 (clipped), 1.1
     assert loss.item() == pytest.approx(-2 * (1.28 + 0.5 + 1.1) + (1.5 + 0.8 + 1.1), abs=1e-6)
     torch.testing.assert_close(metrics["ratio"], float64(1.5, 0.5, 1.1, 1.5, 0.5, 1.1), rtol=0, atol=1e-6)
@@ -49,7 +60,7 @@ def test_surrogate_by_hand() -> None:
 
 def test_a_clipped_token_has_no_gradient() -> None:
     logprobs = NEW.clone().requires_grad_()
-    loss, metrics = clipped_surrogate(logprobs, batch(ADVANTAGES, OLD, old_logprobs=OLD))
+    loss, metrics = policy_loss(logprobs, batch(ADVANTAGES, OLD, old_logprobs=OLD))
     loss.backward()
     # d(-ratio * A) / d(logprob) = -ratio * A where nothing is clipped
     torch.testing.assert_close(logprobs.grad, float64(0, -1.0, -2.2, 1.5, 0, 1.1), rtol=0, atol=1e-6)
@@ -59,7 +70,7 @@ def test_a_clipped_token_has_no_gradient() -> None:
 def test_without_old_logprobs_it_is_the_weighted_policy_gradient() -> None:
     logprobs = float64(0.5, 0.5, 0.5).log().requires_grad_()
     rollout = float64(0.5, 0.125, 0.8).log()  # trainer / sampler: 1, 4 and 0.625
-    loss, metrics = clipped_surrogate(logprobs, batch(float64(1, 1, -2), rollout), tis_cap=2.0)
+    loss, metrics = policy_loss(logprobs, batch(float64(1, 1, -2), rollout), correction={"cap": 2.0})
     assert loss.item() == pytest.approx(-1 - 2 + 1.25, abs=1e-6)
     torch.testing.assert_close(metrics["mismatch_ratio"], float64(1, 4, 0.625), rtol=0, atol=1e-6)
     torch.testing.assert_close(metrics["sampler_kl"], float64(0, 3 - np.log(4), -0.375 - np.log(0.625)))
@@ -67,39 +78,91 @@ def test_without_old_logprobs_it_is_the_weighted_policy_gradient() -> None:
     torch.testing.assert_close(logprobs.grad, float64(-1, -2, 1.25), rtol=0, atol=1e-6)
 
 
+def test_the_ratio_can_be_to_the_policy_that_sampled() -> None:
+    """Then clipping bounds what stale samples do, and the metrics still compare trainer and sampler."""
+    logprobs = NEW.clone().requires_grad_()
+    loss, metrics = policy_loss(logprobs, batch(ADVANTAGES, OLD), proximal="rollout")
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, float64(0, -1.0, -2.2, 1.5, 0, 1.1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(metrics["mismatch_ratio"], float64(1.5, 0.5, 1.1, 1.5, 0.5, 1.1), rtol=0, atol=1e-6)
+    assert metrics["sampler_kl"].min() > 0
+
+
 def test_kl_to_the_base_by_hand() -> None:
     logprobs, ref = float64(0.5, 0.2).log(), float64(0.25, 0.2).log()
     tokens = batch(float64(0, 0), logprobs, ref_logprobs=ref)
-    loss, metrics = clipped_surrogate(logprobs, tokens, kl_coef=0.1)
+    loss, metrics = policy_loss(logprobs, tokens, kl_coef=0.1)
     # ref / policy = 0.5: 0.5 - log(0.5) - 1 = 0.1931472
     torch.testing.assert_close(metrics["kl_ref"], float64(0.1931472, 0), rtol=0, atol=1e-6)
     assert loss.item() == pytest.approx(0.01931472, abs=1e-6)
 
 
-def test_gradient_of_the_kl_term_is_that_of_the_kl() -> None:
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_gradient_of_the_kl_term_is_that_of_the_kl(estimator: Any) -> None:
     logits = float64(0.3, -0.2, 0.9).requires_grad_()
     ref = float64(0.2, 0.3, 0.5).log()
     policy = logits.log_softmax(0)
     probabilities = policy.exp().detach()  # as loss_weights, they turn the sum into the expectation over all tokens
     tokens = batch(torch.zeros_like(ref), policy.detach(), ref_logprobs=ref, loss_weights=probabilities)
-    (ours,) = torch.autograd.grad(clipped_surrogate(policy, tokens, kl_coef=1.0)[0], logits, retain_graph=True)
+    loss, _ = policy_loss(policy, tokens, kl_coef=1.0, kl_estimator=estimator)
+    (ours,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (exact,) = torch.autograd.grad((policy.exp() * (policy - ref)).sum(), logits)
     torch.testing.assert_close(ours, exact, rtol=0, atol=1e-9)
 
 
-def test_kl_k3_is_unbiased() -> None:
-    policy, other = float64(0.6, 0.3, 0.1), float64(0.2, 0.3, 0.5)
-    exact = (policy * (policy / other).log()).sum()
-    torch.testing.assert_close((policy * kl_k3(policy.log(), other.log())).sum(), exact)
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_k1_and_k3_are_unbiased(estimator: Any) -> None:
+    policy, ref = float64(0.6, 0.3, 0.1), float64(0.2, 0.3, 0.5)
+    exact = (policy * (policy / ref).log()).sum()
+    found = (policy * kl_penalty(policy.log(), policy.log(), ref.log(), estimator)).sum()
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+
+
+def test_k2_by_hand() -> None:
+    found = kl_penalty(float64(-1.0), float64(-2.0), float64(-4.0), "k2")
+    assert found.item() == pytest.approx(4.5, abs=1e-12)  # (3)^2 / 2
+
+
+TWO_SAMPLES = torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+def test_sequence_clipped_by_hand() -> None:
+    tokens = batch(ADVANTAGES, OLD, sample_index=TWO_SAMPLES)
+    loss, metrics = sequence_clipped(NEW, OLD, tokens, clip_low=0.05, clip_high=0.2)
+    # Both samples: (1.5 * 0.5 * 1.1)^(1/3) = 0.937889; A > 0: as it is; A < 0: clipped to 0.95
+    torch.testing.assert_close(metrics["ratio"], torch.full((6,), 0.9378888, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(loss, float64(*[-2 * 0.9378888] * 3, *[0.95] * 3), rtol=0, atol=1e-6)
+    assert metrics["clip_frac_low"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert not metrics["clip_frac_high"].any()
+
+
+def test_clipped_weight_by_hand() -> None:
+    logprobs = NEW.clone().requires_grad_()
+    loss, metrics = clipped_weight(logprobs, OLD, batch(ADVANTAGES, OLD), clip_low=0.4, clip_high=0.2)
+    loss.sum().backward()
+    # d(-w * A * logprob) / d(logprob) = -w * A, also where w = clip(1.5, 0.5, 1.1) was clipped, to 1.2 and 0.6
+    torch.testing.assert_close(logprobs.grad, float64(-2.4, -1.2, -2.2, 1.2, 0.6, 1.1), rtol=0, atol=1e-6)
+    assert metrics["clip_frac_low"].tolist() == [0, 1, 0, 0, 1, 0]
+    assert metrics["clip_frac_high"].tolist() == [1, 0, 0, 1, 0, 0]
+
+
+def test_geometric_clipped_by_hand() -> None:
+    tokens = batch(ADVANTAGES, OLD, sample_index=TWO_SAMPLES)
+    loss, metrics = geometric_clipped(NEW, OLD, tokens, clip_low=0.4, clip_high=0.3)
+    # A > 0: 1.5 -> e^0.3, 0.5 and 1.1 stay: (1.3498588 * 0.55)^(1/3); A < 0: 0.5 -> e^-0.4: (1.5 * 0.67032 * 1.1)^(1/3)
+    first, second = (1.3498588 * 0.55) ** (1 / 3), (1.5 * 0.6703200 * 1.1) ** (1 / 3)
+    torch.testing.assert_close(loss, float64(*[-2 * first] * 3, *[second] * 3), rtol=0, atol=1e-6)
+    assert metrics["clip_frac_low"].tolist() == [0, 0, 0, 0, 1, 0]
+    assert metrics["clip_frac_high"].tolist() == [1, 0, 0, 0, 0, 0]
 
 
 def test_kl_without_reference_is_refused() -> None:
     with pytest.raises(ValueError, match="ref_logprobs"):
-        clipped_surrogate(NEW, batch(ADVANTAGES, OLD), kl_coef=0.1)
+        policy_loss(NEW, batch(ADVANTAGES, OLD), kl_coef=0.1)
 
 
 def test_microbatches_add_up_and_the_bound_loss_is_picklable() -> None:
-    loss = pickle.loads(pickle.dumps(partial(clipped_surrogate, clip_high=0.28)))
+    loss = pickle.loads(pickle.dumps(partial(policy_loss, surrogate=partial(clipped, clip_high=0.28))))
     weights = float64(0.1, 0.1, 0.25, 0.25, 0.5, 0.5)
     whole = loss(NEW, batch(ADVANTAGES, OLD, old_logprobs=OLD, loss_weights=weights))[0]
     parts = [
@@ -109,26 +172,31 @@ def test_microbatches_add_up_and_the_bound_loss_is_picklable() -> None:
     torch.testing.assert_close(sum(parts), whole)
 
 
+SURROGATES = [clipped, partial(sequence_clipped, clip_low=0.1, clip_high=0.1), geometric_clipped]
+
+
 @pytest.mark.parametrize("with_old", [True, False])
-def test_gradient_against_finite_differences(with_old: bool) -> None:
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_gradient_against_finite_differences(surrogate: Surrogate, with_old: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     logprobs, old, rollout, ref, advantages = (
         0.4 * torch.randn(64, generator=generator, dtype=torch.float64) for _ in range(5)
     )
+    sample_index = torch.arange(64) // 8
+    advantages = advantages[sample_index]
     weights = torch.rand(64, generator=generator, dtype=torch.float64)
 
-    def loss_at(at: Tensor, detached: Tensor) -> Tensor:
-        # Without old_logprobs the loss detaches its own argument: the function to differentiate holds them still.
-        tokens = batch(
-            advantages, rollout, old_logprobs=old if with_old else detached, ref_logprobs=ref, loss_weights=weights
-        )
-        return clipped_surrogate(at, tokens, kl_coef=0.3)[0]
+    def loss_at(at: Tensor, old_logprobs: Tensor | None) -> Tensor:
+        fields = {"ref_logprobs": ref, "loss_weights": weights, "sample_index": sample_index}
+        tokens = batch(advantages, rollout, old_logprobs=old_logprobs, **fields)
+        return policy_loss(at, tokens, surrogate=surrogate, kl_coef=0.3)[0]
 
     at = logprobs.clone().requires_grad_()
-    tokens = batch(advantages, rollout, old_logprobs=old if with_old else None, ref_logprobs=ref, loss_weights=weights)
-    (gradient,) = torch.autograd.grad(clipped_surrogate(at, tokens, kl_coef=0.3)[0], at)
+    (gradient,) = torch.autograd.grad(loss_at(at, old if with_old else None), at)
+    # Without old_logprobs the loss detaches its own argument: the function to differentiate holds them still.
+    held = old if with_old else logprobs
     step = 1e-6 * torch.eye(64, dtype=torch.float64)
-    numeric = torch.stack([loss_at(logprobs + e, logprobs) - loss_at(logprobs - e, logprobs) for e in step]) / 2e-6
+    numeric = torch.stack([loss_at(logprobs + e, held) - loss_at(logprobs - e, held) for e in step]) / 2e-6
     torch.testing.assert_close(gradient, numeric, rtol=0, atol=1e-8)
 
 
@@ -136,18 +204,20 @@ def test_gradient_against_finite_differences(with_old: bool) -> None:
 
 GROUP, PROMPT_LENGTHS, COMPLETION_LENGTHS = 4, (3, 3, 3, 3, 5, 5, 5, 5), (6, 2, 4, 6, 1, 5, 3, 6)
 REWARDS = (1.0, 0.0, 0.25, 0.5, 0.0, 0.0, 1.0, 0.0)
-SETTINGS = {"clip_low": 0.1, "clip_high": 0.15, "tis_cap": 1.2}
+CLIP = {"clip_low": 0.1, "clip_high": 0.15}
+TRUNCATED = {"level": "token", "bound": "truncate", "cap": 1.2}
 VOCABULARY = 32
 
 
 @pytest.fixture(scope="module")
 def build_trl(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function (loss_type, beta) -> TRL's GRPOTrainer on a tiny random Llama with a random LoRA adapter."""
+    """A function (loss_type, beta, more settings) -> TRL's GRPOTrainer on a tiny random Llama with a random LoRA adapter."""
     trl = pytest.importorskip("trl")
     import peft
     import transformers
     from datasets import Dataset
     from tokenizers import Tokenizer, models
+    from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2")
@@ -155,9 +225,10 @@ def build_trl(tmp_path_factory: pytest.TempPathFactory) -> Any:
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
 
-    def build(loss_type: str, beta: float) -> Any:
+    def build(loss_type: str, beta: float = 0.0, correction: dict[str, Any] = TRUNCATED, **extra: Any) -> Any:
         torch.manual_seed(0)
-        args = trl.GRPOConfig(
+        is_gmpo = loss_type == "gmpo"
+        args = (GMPOConfig if is_gmpo else trl.GRPOConfig)(
             output_dir=str(tmp_path_factory.mktemp("trl")),
             use_cpu=True,
             bf16=False,
@@ -166,14 +237,14 @@ def build_trl(tmp_path_factory: pytest.TempPathFactory) -> Any:
             per_device_train_batch_size=2 * GROUP,
             num_generations=GROUP,
             max_completion_length=max(COMPLETION_LENGTHS),
-            loss_type=loss_type,
+            loss_type="grpo" if is_gmpo else loss_type,
             beta=beta,
-            epsilon=SETTINGS["clip_low"],
-            epsilon_high=SETTINGS["clip_high"],
-            vllm_importance_sampling_mode="token_truncate",
-            vllm_importance_sampling_clip_max=SETTINGS["tis_cap"],
+            vllm_importance_sampling_mode=f"{correction['level']}_{correction['bound']}",
+            vllm_importance_sampling_clip_max=correction["cap"],
+            vllm_importance_sampling_clip_min=correction.get("floor"),
+            **{"epsilon": CLIP["clip_low"], "epsilon_high": CLIP["clip_high"], **extra},
         )
-        trainer = trl.GRPOTrainer(
+        trainer = (GMPOTrainer if is_gmpo else trl.GRPOTrainer)(
             transformers.LlamaForCausalLM(llama),
             reward_funcs=lambda completions, **_: list(REWARDS),
             args=args,
@@ -206,8 +277,9 @@ def trl_batch(trainer: Any, *, moved: bool) -> dict[str, Any]:
     return inputs
 
 
-def our_loss(trainer: Any, inputs: dict[str, Any], weights: Any, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
+def our_loss(trainer: Any, inputs: dict[str, Any], weights: Any, **settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """The same loss from the same model, on the flat tokens that carry loss."""
+    settings = {"surrogate": partial(clipped, **CLIP), "correction": TRUNCATED, **settings}
     mask = inputs["completion_mask"].bool()
     logprobs, _, _ = trainer._get_per_token_logps_and_entropies(
         trainer.model,
@@ -227,13 +299,24 @@ def our_loss(trainer: Any, inputs: dict[str, Any], weights: Any, kl_coef: float)
         loss_weights=per_token(weights(COMPLETION_LENGTHS)),
         old_logprobs=None if old is None else old[mask],
         ref_logprobs=None if ref is None else ref[mask],
+        sample_index=torch.repeat_interleave(torch.arange(len(mask)), mask.sum(1)),
     )
-    return clipped_surrogate(logprobs[mask], tokens, **SETTINGS, kl_coef=kl_coef)
+    return policy_loss(logprobs[mask], tokens, **settings)
 
 
 def gradients(trainer: Any, loss: Tensor) -> Tensor:
     trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, trainable)])
+
+
+def assert_equals_trl(trainer: Any, weights: Any, *, moved: bool, **settings: Any) -> dict[str, Tensor]:
+    """Loss and gradient; -> our metrics."""
+    inputs = trl_batch(trainer, moved=moved)
+    theirs = trainer._compute_loss(trainer.model, inputs)
+    ours, metrics = our_loss(trainer, inputs, weights, **settings)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradients(trainer, ours), gradients(trainer, theirs), rtol=0, atol=1e-5)
+    return metrics
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -244,13 +327,8 @@ def gradients(trainer: Any, loss: Tensor) -> Tensor:
 )
 def test_equals_trl(build_trl: Any, loss_type: str, weights: Any, beta: float, moved: bool) -> None:
     trainer = build_trl(loss_type, beta)
-    inputs = trl_batch(trainer, moved=moved)
-    theirs = trainer._compute_loss(trainer.model, inputs)
-    ours, metrics = our_loss(trainer, inputs, weights, beta)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    torch.testing.assert_close(gradients(trainer, ours), gradients(trainer, theirs), rtol=0, atol=1e-5)
-
-    assert (metrics["mismatch_ratio"] > SETTINGS["tis_cap"]).any()
+    metrics = assert_equals_trl(trainer, weights, moved=moved, kl_coef=beta)
+    assert (metrics["mismatch_ratio"] > TRUNCATED["cap"]).any()
     logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     assert metrics["clip_frac_low"].mean().item() == pytest.approx(logged["clip_ratio/low_mean"], abs=1e-6)
     assert metrics["clip_frac_high"].mean().item() == pytest.approx(logged["clip_ratio/high_mean"], abs=1e-6)
@@ -260,7 +338,53 @@ def test_equals_trl(build_trl: Any, loss_type: str, weights: Any, beta: float, m
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("loss_type", "weights", "surrogate", "extra"),
+    [
+        ("dr_grpo", partial(constant_weights, max_tokens=max(COMPLETION_LENGTHS)), partial(clipped, **CLIP), {}),
+        ("cispo", token_weights, partial(clipped_weight, clip_low=1.0, clip_high=0.15), {"epsilon_high": 1.15}),
+        (
+            "grpo",
+            sequence_weights,
+            partial(sequence_clipped, clip_low=0.02, clip_high=0.03),
+            {"importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.03},
+        ),
+    ],
+    ids=["dr_grpo", "cispo", "gspo"],
+)
+def test_the_family_equals_trl(build_trl: Any, loss_type: str, weights: Any, surrogate: Surrogate, extra: Any) -> None:
+    metrics = assert_equals_trl(build_trl(loss_type, **extra), weights, moved=True, surrogate=surrogate)
+    assert metrics["clip_frac_high"].any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_geometric_mean_equals_trl(build_trl: Any) -> None:
+    trainer = build_trl("gmpo", epsilon=0.1, epsilon_high=0.05)
+    surrogate = partial(geometric_clipped, clip_low=0.1, clip_high=0.05)
+    uncorrected = {"bound": "none"}  # as TRL's trainer
+    metrics = assert_equals_trl(trainer, sequence_weights, moved=True, surrogate=surrogate, correction=uncorrected)
+    assert metrics["clip_frac_low"].any()
+    assert metrics["clip_frac_high"].any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_of_ones_own_surrogate_equals_trl(build_trl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "custom_loss")
+    surrogate = partial(load_object("mine:soft_gate"), clip_low=1.05, clip_high=0.9)
+    trainer = build_trl("sapo", sapo_temperature_neg=1.05, sapo_temperature_pos=0.9)
+    assert_equals_trl(trainer, sequence_weights, moved=True, surrogate=surrogate)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("bound", [{"bound": "truncate", "cap": 1.2}, {"bound": "mask", "floor": 0.7, "cap": 1.4}])
+def test_corrections_equal_trl(build_trl: Any, level: str, bound: dict[str, Any]) -> None:
+    correction = {"level": level, **bound}
+    assert_equals_trl(build_trl("dapo", correction=correction), token_weights, moved=True, correction=correction)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_advantages_equal_trl(build_trl: Any) -> None:
-    theirs = trl_batch(build_trl("grpo", 0.0), moved=False)["advantages"]
+    theirs = trl_batch(build_trl("grpo"), moved=False)["advantages"]
     ours = np.concatenate([group_normalised(REWARDS[:GROUP]), group_normalised(REWARDS[GROUP:])])
     np.testing.assert_allclose(ours, theirs, atol=1e-6)

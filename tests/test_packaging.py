@@ -22,7 +22,7 @@ FOLDERS = {"rlloop": "rlloop", "rlloop.algorithms": "algorithms", "rlloop.envs":
 
 # A module may import from its own row and from rows above it.
 LAYERS = (
-    ("errors", "types", "processes", "signals"),
+    ("errors", "types", "processes", "signals", "plugins"),
     ("config", "tracking", "staleness", "ledger"),
     (
         "corrections",

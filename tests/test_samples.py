@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -5,7 +6,13 @@ import numpy as np
 import pytest
 
 from rlloop.advantages import group_centred, sequence_weights, token_weights
-from rlloop.samples import make_samples, with_old_logprobs, with_ref_logprobs, without_signal_free
+from rlloop.samples import (
+    make_samples,
+    with_old_logprobs,
+    with_overlong_penalty,
+    with_ref_logprobs,
+    without_signal_free,
+)
 from rlloop.types import Group, Prompt, Rollout, Sample
 
 
@@ -52,6 +59,12 @@ def test_samples_without_a_signal_are_left_out_and_the_others_keep_their_weight(
     kept = without_signal_free(samples)
     assert [sample.prompt_id for sample in kept] == [7, 7]
     assert kept[0].loss_weights[0] == pytest.approx(0.1)
+
+
+def test_the_token_limit_is_one_of_each_turn() -> None:
+    turns = replace(rollout(2, 8), loss_mask=np.array([0, 0, 1, 1, 1, 0, 1, 1, 0, 1], bool))
+    found = with_overlong_penalty([group(1, (turns, rollout(2, 4)), (1.0, 1.0))], max_tokens=4, buffer=2)
+    assert found[0].rewards == (0.5, 0.0)  # 3 of 4 tokens, 4 of 4
 
 
 class Trainer:

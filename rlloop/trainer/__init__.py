@@ -18,7 +18,7 @@ Head = Literal["policy", "value"]
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """The tokens of one microbatch that carry loss, flat. All tensors are [N], on the trainer's device, in fp32.
+    """The tokens of one microbatch that carry loss, flat. All tensors are [N], on the trainer's device, in fp32 if not said.
 
     A loss sees exactly these tokens, in the order of the samples."""
 
@@ -28,6 +28,8 @@ class TokenBatch:
     old_logprobs: Tensor | None
     """The trainer's before the update; None where the update is one optimizer step, for then they equal `logprobs`."""
     ref_logprobs: Tensor | None
+    sample_index: Tensor
+    """Which of the microbatch's samples each token belongs to, counted from 0; int64. A sample is never cut in two."""
     entropy: Tensor
     """Of the policy's distribution at each token; no gradient."""
 

@@ -33,7 +33,7 @@ class Columns:
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._names: list[str] = []
-        rows = []
+        rows = [np.repeat(np.arange(len(samples), dtype=np.float32), [len(sample.tokens) for sample in samples])]
         for key in _COLUMNS:
             arrays = [getattr(sample, key) for sample in samples]
             missing = [array is None for array in arrays]
@@ -42,12 +42,17 @@ class Columns:
             if arrays and not missing[0]:
                 self._names.append(key)
                 rows.append(np.concatenate(arrays, dtype=np.float32))
-        self._rows = np.stack(rows) if rows else np.empty((0, 0), dtype=np.float32)
+        self._rows = np.stack(rows)
+        """The sample's number, then those that are there: one copy to the device for each microbatch."""
 
     def of(self, microbatch: Microbatch, device: torch.device) -> dict[str, Tensor | None]:
         """Those of a microbatch's loss tokens, [N] each: the fields of a TokenBatch but its entropy."""
-        rows = to_device(self._rows[:, microbatch.loss_index], device)
-        return dict.fromkeys(_COLUMNS) | dict(zip(self._names, rows.unbind(), strict=True))
+        rows = self._rows[:, microbatch.loss_index]
+        rows[0] = np.cumsum(np.diff(rows[0], prepend=rows[0, :1]) > 0)
+        sample_index, *found = to_device(rows, device).unbind()
+        return (
+            dict.fromkeys(_COLUMNS) | dict(zip(self._names, found, strict=True)) | {"sample_index": sample_index.long()}
+        )
 
 
 class Totals:

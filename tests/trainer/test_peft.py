@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -14,7 +13,7 @@ import pytest
 
 from rlloop.config import TrainerSettings
 from rlloop.errors import TrainerError
-from rlloop.losses import clipped_surrogate
+from rlloop.losses import policy_loss
 from rlloop.refit.transports import DiskWriter
 from rlloop.trainer import Trainer
 from rlloop.trainer.peft import PeftTrainer
@@ -23,7 +22,7 @@ from rlloop.types import AdamConfig, LoraConfig, Sample
 
 pytestmark = pytest.mark.anyio
 
-LOSS = partial(clipped_surrogate, tis_cap=2.0)
+LOSS = policy_loss
 
 
 def make_trainer(model: str, folder: Path, max_tokens: int = 64) -> PeftTrainer:

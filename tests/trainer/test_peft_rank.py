@@ -367,6 +367,23 @@ def test_old_and_ref_logprobs_reach_the_loss(rank: PeftRank, make_samples: MakeS
         rank.forward_backward("policy", [samples[0], replace(samples[1], old_logprobs=None)], check)
 
 
+def test_a_loss_knows_which_tokens_are_of_one_sample(rank: PeftRank, make_samples: MakeSamples) -> None:
+    samples = make_samples()
+    lengths = {float(sample.advantages[0]): int(sample.loss_mask.sum()) for sample in samples}
+    found = []
+
+    def count(logprobs: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        counts = tokens.sample_index.bincount()
+        assert tokens.sample_index.tolist() == torch.arange(len(counts)).repeat_interleave(counts).tolist()
+        starts = counts.cumsum(0) - counts
+        found.extend(zip(tokens.advantages[starts].tolist(), counts.tolist(), strict=True))
+        return logprobs.sum(), {}
+
+    rank.forward_backward("policy", samples, count)
+    assert dict(found) == lengths
+    assert len(found) == len(samples)
+
+
 def test_samples_without_loss_tokens(rank: PeftRank, make_samples: MakeSamples) -> None:
     empty = [replace(s, loss_mask=np.zeros_like(s.loss_mask)) for s in make_samples()]
     assert rank.forward_backward("policy", empty, surrogate)["num_tokens"] == 0
