@@ -41,7 +41,7 @@ from rlloop.samples import (
 )
 from rlloop.trainer import Trainer
 from rlloop.types import Group, Metrics
-from rlloop.updates import optimizer_step
+from rlloop.updates import optimizer_step, warn_if_stale
 
 ADVANTAGES = {
     "normalised": "rlloop.advantages:group_normalised",
@@ -135,7 +135,10 @@ async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metri
         kl_coef=config.kl_coef,
         kl_estimator=config.kl_estimator,
     )
-    return await optimizer_step(trainer, POLICY, samples, loss, config.optim.adam)
+    metrics = await optimizer_step(trainer, POLICY, samples, loss, config.optim.adam)
+    if config.correction.bound == "none" and config.proximal == "trainer":
+        warn_if_stale(metrics)
+    return metrics
 
 
 async def train(config: Config, marker: str) -> None:

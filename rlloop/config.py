@@ -227,6 +227,8 @@ class RunSettings(Settings):
     """An environment's name (entry point group rlloop.environments) or package.module:Class."""
     env_args: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(default_factory=dict)
     """Keyword arguments of the environment, as JSON or a TOML table."""
+    rewards: Annotated[tuple[str, ...], BeforeValidator(_from_commas)] = ()
+    """Reward functions, `module:function`, separated by commas: the environment's argument `rewards` (of `dataset`)."""
     run_dir: Path = Path("runs/default")
     """Where everything that the run writes goes."""
     resume: bool = False
@@ -279,6 +281,11 @@ class RunSettings(Settings):
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
         return self
+
+    @property
+    def all_env_args(self) -> dict[str, Any]:
+        """Arguments of the environment, the rewards among them."""
+        return {**self.env_args, **({"rewards": list(self.rewards)} if self.rewards else {})}
 
     @property
     def num_slots(self) -> int:

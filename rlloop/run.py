@@ -163,7 +163,7 @@ async def open_run(settings: RunSettings, marker: str) -> AsyncIterator[Run]:
     """
     # First what needs no run directory: a typo leaves none behind.
     placement = place(settings)
-    environment = load_environment(settings.env, settings.env_args)
+    environment = load_environment(settings.env, settings.all_env_args)
     model = str(await to_thread.run_sync(resolve_model, settings.model))
     async with AsyncExitStack() as stack:
         directory = stack.enter_context(open_run_directory(settings))
@@ -177,7 +177,7 @@ async def open_run(settings: RunSettings, marker: str) -> AsyncIterator[Run]:
         scorer = await stack.enter_async_context(
             Scorer(
                 settings.env,
-                settings.env_args,
+                settings.all_env_args,
                 num_workers=settings.environment.score_workers,
                 timeout=settings.environment.score_timeout,
             )
@@ -264,7 +264,7 @@ async def _start(
 def _open_ledger(settings: RunSettings, environment: Environment, checkpoint: Checkpoint | None) -> tuple[Ledger, str]:
     num_tasks = len(environment)
     tasks = [environment.task(index) for index in range(min(num_tasks, 16))]
-    identity = fingerprint(settings.env, settings.env_args, num_tasks, tasks)
+    identity = fingerprint(settings.env, settings.all_env_args, num_tasks, tasks)
     if checkpoint is None:
         return Ledger(num_tasks, settings.seed, identity), identity
     return Ledger.restore(checkpoint.ledger, num_tasks, settings.seed, identity), identity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from time import monotonic
 
@@ -21,6 +22,20 @@ PER_TOKEN = {
     "policy/mismatch_ratio_max": "mismatch_ratio/max",
 }
 """Documented metric -> what a trainer made of the loss's per-token metrics."""
+
+
+HIGH_SAMPLER_KL = 0.01
+"""Nats a token: ten times what an engine in bfloat16 makes of the same weights."""
+
+
+def warn_if_stale(metrics: Metrics) -> None:
+    """Log a warning when the samples were far from the trainer's policy; for updates that do not correct for that."""
+    if metrics.get("policy/sampler_kl_mean", 0.0) > HIGH_SAMPLER_KL:
+        logging.getLogger(__name__).warning(
+            "samples were %.2g nats a token from the trainer's policy, and nothing corrects for it: "
+            "use --correction.bound truncate, or a lower --max-staleness",
+            metrics["policy/sampler_kl_mean"],
+        )
 
 
 async def optimizer_step(

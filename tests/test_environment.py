@@ -231,7 +231,7 @@ class Abstract(rlloop.environment.MessageEnvironment):
         (
             "arithmetik",
             {},
-            r"is called 'arithmetik' \(did you mean arithmetic\?\); there are arithmetic, reasoning_gym",
+            r"is called 'arithmetik' \(did you mean arithmetic\?\); there are arithmetic, dataset, reasoning_gym",
         ),
         ("pkg.module.Class", {}, "package.module:Class"),
         (":Class", {}, "no environment is called"),

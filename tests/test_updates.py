@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rlloop.types import AdamConfig, Metrics, OptimResult, Sample
-from rlloop.updates import PER_TOKEN, optimizer_step
+from rlloop.updates import PER_TOKEN, optimizer_step, warn_if_stale
 
 ADAM = AdamConfig(lr=0.25)
 
@@ -86,3 +86,12 @@ async def test_cancelled_in_the_optimizer_step_the_caller_still_hears_of_it(anyi
         heard.append(await step(trainer, samples()))
     assert len(heard) == 1
     assert trainer.log[-1] == "answered"
+
+
+def test_samples_that_nothing_corrects_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    warn_if_stale({"policy/sampler_kl_mean": 0.009})
+    warn_if_stale({})
+    warn_if_stale({"policy/sampler_kl_mean": float("nan")})
+    assert not caplog.records
+    warn_if_stale({"policy/sampler_kl_mean": 0.2})
+    assert "samples were 0.2 nats a token from the trainer's policy" in caplog.text

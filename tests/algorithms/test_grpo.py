@@ -25,6 +25,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_loss"
 
 
 class RecordingTrainer(FakeTrainer):
+    """Its samples are far from its policy."""
+
     def __init__(self) -> None:
         super().__init__()
         self.samples: Sequence[Sample] = ()
@@ -32,7 +34,7 @@ class RecordingTrainer(FakeTrainer):
 
     async def forward_backward(self, name: str, samples: Sequence[Sample], loss: Loss) -> Metrics:
         self.samples, self.loss = samples, loss
-        return await super().forward_backward(name, samples, loss)
+        return {**await super().forward_backward(name, samples, loss), "sampler_kl/mean": 0.5}
 
 
 def rollout(num_sampled: int, finish_reason: str = "stop") -> Rollout:
@@ -161,3 +163,18 @@ def test_a_function_that_is_missing_is_named_before_anything_starts(monkeypatch:
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(ConfigError, match=r"mine has no function or class soft_gates \(did you mean soft_gate\?\)"):
         anyio.run(train, Config(loss="mine:soft_gates"), "marker")
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [
+        ({}, False),
+        ({"correction": {"bound": "none"}}, True),
+        ({"preset": "cispo", "correction": {"bound": "none"}}, False),
+    ],
+)
+def test_a_correction_that_is_missing_is_warned_of(
+    settings: dict[str, Any], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    step(**settings)
+    assert ("nothing corrects for it" in caplog.text) == warns

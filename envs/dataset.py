@@ -1,0 +1,107 @@
+"""Prompts from a dataset, scored by reward functions as TRL takes them.
+
+    pip install 'rlloop[datasets]'
+    rlloop grpo --env dataset --env-args '{"path": "questions.jsonl"}' --rewards my_rewards:accuracy,my_rewards:brevity
+
+A row needs the column `prompt`, a string (continued as it stands) or a list of messages (rendered by the chat template). A
+reward function is called by keyword with lists of one: `prompts`, `completions` (strings, or lists of one message),
+`completion_ids`, and every other column; it returns a list of one float, or of None where it does not apply. It may be
+asynchronous. The reward is the sum of those that apply, each times its weight.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from rlloop.environment import MessageEnvironment, Policy, Trajectory
+from rlloop.plugins import load_object
+from rlloop.types import Message, Rollout
+
+try:
+    from datasets import Dataset as Rows
+    from datasets import load_dataset
+except ModuleNotFoundError as error:
+    raise ImportError("datasets is not installed: pip install 'rlloop[datasets]'") from error
+
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+class Dataset(MessageEnvironment):
+    """`path` is a JSON, CSV or Parquet file, or what `datasets.load_dataset` takes; `weights` are 1 if not given."""
+
+    def __init__(
+        self, path: str, rewards: Sequence[str], weights: Sequence[float] | None = None, split: str = "train"
+    ) -> None:
+        self._functions = [load_object(name) for name in rewards]
+        self._weights = [1.0] * len(rewards) if weights is None else list(weights)
+        if len(self._weights) != len(rewards) or not rewards:
+            raise ValueError(
+                f"expected a weight for each reward function, got {len(self._weights)} for {list(rewards)}"
+            )
+        kind = FORMATS.get(Path(path).suffix)
+        self._rows: Rows = (
+            load_dataset(kind, data_files=path, split="train") if kind else load_dataset(path, split=split)
+        )
+        if "prompt" not in self._rows.column_names:
+            raise ValueError(f"{path}: expected a column prompt, got {', '.join(self._rows.column_names)}")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def task(self, index: int) -> dict[str, Any]:
+        """The row."""
+        return dict(self._rows[index])
+
+    def messages(self, task: dict[str, Any]) -> list[Message]:
+        """Those of the row's prompt."""
+        return list(task["prompt"])
+
+    async def rollout(self, task: dict[str, Any], policy: Policy) -> Rollout:
+        """One answer."""
+        if not isinstance(task["prompt"], str):
+            return await super().rollout(task, policy)
+        trajectory = Trajectory()
+        trajectory.observe(policy.tokenizer(task["prompt"])["input_ids"])
+        completion = await policy.generate(trajectory.tokens)
+        trajectory.act(completion)
+        text = policy.tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
+        return trajectory.finish(text, completion.finish_reason)
+
+    def score(self, task: dict[str, Any], rollout: Rollout) -> float:
+        """The weighted sum of the reward functions. Raises ValueError when none applies: then there is no reward."""
+        is_chat = not isinstance(task["prompt"], str)
+        arguments = {
+            "prompts": [task["prompt"]],
+            "completions": [[{"role": "assistant", "content": rollout.text}] if is_chat else rollout.text],
+            "completion_ids": [rollout.tokens[rollout.loss_mask].tolist()],
+            **{name: [value] for name, value in task.items() if name not in ("prompt", "completion", "completion_ids")},
+            "trainer_state": None,
+            "log_extra": _ignore,
+            "log_metric": _ignore,
+        }
+        found = [_call(function, arguments) for function in self._functions]
+        if all(reward is None for reward in found):
+            raise ValueError("every reward function returned None: expected a number from one at least")
+        return math.fsum(
+            weight * reward for weight, reward in zip(self._weights, found, strict=True) if reward is not None
+        )
+
+
+def _call(function: Any, arguments: dict[str, Any]) -> float | None:
+    async def run() -> Any:
+        return await function(**arguments)
+
+    answer = anyio.run(run) if inspect.iscoroutinefunction(function) else function(**arguments)
+    if len(answer) != 1:
+        raise ValueError(f"{function.__name__} returned {len(answer)} rewards for 1 completion")
+    return None if answer[0] is None else float(answer[0])
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    pass
