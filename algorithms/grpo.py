@@ -33,6 +33,7 @@ from rlloop.plugins import is_path, load_object, name_or_path
 from rlloop.run import POLICY, open_run, run
 from rlloop.samples import (
     make_samples,
+    with_kl_penalty,
     with_old_logprobs,
     with_overlong_penalty,
     with_ref_logprobs,
@@ -63,8 +64,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gspo": {**_SEQUENCES, "loss": "sequence_clipped", "clip_low": 3e-4, "clip_high": 4e-4},
     "gmpo": {**_SEQUENCES, "loss": "geometric_clipped", "clip_low": 0.4, "clip_high": 0.4},
     "cispo": {"proximal": "rollout", "loss": "clipped_weight", "clip_low": 1.0, "clip_high": 4.0},
-    "rloo": {"advantage": "leave_one_out", "normalisation": "constant"},
-    "reinforce_pp": {"advantage": "raw", "whiten": True},
+    "rloo": {"advantage": "leave_one_out", "normalisation": "constant", "kl_in": "reward"},
+    "reinforce_pp": {"advantage": "raw", "whiten": True, "kl_in": "reward"},
 }
 
 
@@ -91,9 +92,11 @@ class Config(RunSettings):
     correction: CorrectionSettings = CorrectionSettings()
     """Importance weights for stale samples and for the engine's arithmetic."""
     kl_coef: float = Field(0.0, ge=0)
-    """Weight of the KL divergence to the base model in the loss."""
+    """Weight of the KL divergence to the base model."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Whether that is added to the loss of each token, or taken off the reward of each rollout."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """How that is estimated at each token."""
+    """How it is estimated at each token, in the loss; in the reward it is k1."""
     overlong_buffer: float = Field(0.0, ge=0, lt=1)
     """Over this share of `sampling.max_tokens` before the limit, a completion's reward falls by up to 1."""
     mask_truncated: bool = False
@@ -116,11 +119,14 @@ async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metri
         groups = with_overlong_penalty(groups, max_tokens=max_tokens, buffer=config.overlong_buffer * max_tokens)
     if config.mask_truncated:
         groups = without_truncated(groups)
+    if config.kl_coef and config.kl_in == "reward":
+        groups = await with_kl_penalty(trainer, groups, config.kl_coef)
     advantages = load_object(ADVANTAGES.get(config.advantage, config.advantage))
     constant = partial(constant_weights, max_tokens=max_tokens)
     weights = {"token": token_weights, "sequence": sequence_weights, "constant": constant}[config.normalisation]
     samples = make_samples(groups, advantages, weights, whiten=config.whiten)
-    if config.kl_coef:
+    kl_coef = config.kl_coef if config.kl_in == "loss" else 0.0
+    if kl_coef:
         samples = await with_ref_logprobs(trainer, samples)
     else:
         samples = without_signal_free(samples)
@@ -132,7 +138,7 @@ async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metri
         surrogate=partial(surrogate, clip_low=config.clip_low, clip_high=config.clip_high),
         proximal=config.proximal,
         correction=config.correction.model_dump(),
-        kl_coef=config.kl_coef,
+        kl_coef=kl_coef,
         kl_estimator=config.kl_estimator,
     )
     metrics = await optimizer_step(trainer, POLICY, samples, loss, config.optim.adam)

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from rlloop.advantages import overlong_penalties, whitened
+from rlloop.advantages import overlong_penalties, raw_rewards, token_weights, whitened
 from rlloop.trainer import Trainer
 from rlloop.types import Group, Rollout, Sample
 
@@ -55,6 +55,32 @@ def with_overlong_penalty(groups: Sequence[Group], *, max_tokens: int, buffer: i
         rewards = tuple(float(reward + penalty) for reward, penalty in zip(group.rewards, penalties, strict=True))
         found.append(replace(group, rewards=rewards))
     return found
+
+
+async def with_kl_penalty(trainer: Trainer, groups: Sequence[Group], kl_coef: float) -> list[Group]:
+    """Lower each reward by kl_coef * sum over its tokens of (rollout_logprobs - the frozen base's logprobs).
+
+    The KL divergence to the base as part of what is maximised (Ziegler et al. 2019, arXiv 1909.08593, equation 2; RLOO,
+    Ahmadian et al. 2024, arXiv 2402.14740): it reaches all tokens of a rollout through its advantage.
+    """
+    samples = make_samples(groups, raw_rewards, token_weights)
+    ref_logprobs = await trainer.logprobs(None, samples)
+    penalties = iter(
+        [
+            kl_coef * float((sample.rollout_logprobs - ref).sum())
+            for sample, ref in zip(samples, ref_logprobs, strict=True)
+        ]
+    )
+    return [
+        replace(
+            group,
+            rewards=tuple(
+                reward - (next(penalties) if rollout.loss_mask.any() else 0.0)
+                for reward, rollout in zip(group.rewards, group.rollouts, strict=True)
+            ),
+        )
+        for group in groups
+    ]
 
 
 def _longest_turn(rollout: Rollout) -> int:

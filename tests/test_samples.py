@@ -8,6 +8,7 @@ import pytest
 from rlloop.advantages import group_centred, sequence_weights, token_weights
 from rlloop.samples import (
     make_samples,
+    with_kl_penalty,
     with_old_logprobs,
     with_overlong_penalty,
     with_ref_logprobs,
@@ -61,6 +62,15 @@ def test_samples_without_a_signal_are_left_out_and_the_others_keep_their_weight(
     assert kept[0].loss_weights[0] == pytest.approx(0.1)
 
 
+def test_the_kl_penalty_is_the_sum_over_the_tokens_of_a_rollout() -> None:
+    trainer: Any = Trainer()
+    groups = [group(1, (rollout(2, 1), rollout(2, 0), rollout(2, 3)), (1.0, 1.0, 1.0)), GROUPS[1]]
+    found = anyio.run(with_kl_penalty, trainer, groups, 0.1)
+    # Sampled at -2, the base has -5: 3 nats a token; a rollout without tokens loses nothing.
+    assert found[0].rewards == pytest.approx((1 - 0.3, 1.0, 1 - 0.9))
+    assert found[1].rewards == pytest.approx((0.5 - 1.2, 0.5 - 0.6))
+
+
 def test_the_token_limit_is_one_of_each_turn() -> None:
     turns = replace(rollout(2, 8), loss_mask=np.array([0, 0, 1, 1, 1, 0, 1, 1, 0, 1], bool))
     found = with_overlong_penalty([group(1, (turns, rollout(2, 4)), (1.0, 1.0))], max_tokens=4, buffer=2)
@@ -69,7 +79,7 @@ def test_the_token_limit_is_one_of_each_turn() -> None:
 
 class Trainer:
     async def logprobs(self, name: str | None, samples: list[Sample]) -> list[Any]:
-        return [np.full(len(sample.tokens), -1.0 if name else -5.0, np.float32) for sample in samples]
+        return [np.where(sample.loss_mask, -1.0 if name else -5.0, 0).astype(np.float32) for sample in samples]
 
 
 def test_old_and_reference_logprobs_are_those_of_adapter_and_base() -> None:
@@ -77,7 +87,7 @@ def test_old_and_reference_logprobs_are_those_of_adapter_and_base() -> None:
     trainer: Any = Trainer()
     [first, *_] = anyio.run(with_old_logprobs, trainer, "policy", samples)
     assert first.old_logprobs is not None
-    assert (first.old_logprobs.tolist(), first.ref_logprobs) == ([-1.0] * 3, None)
+    assert (first.old_logprobs.tolist(), first.ref_logprobs) == ([0, 0, -1.0], None)
     [first, *_] = anyio.run(with_ref_logprobs, trainer, samples)
     assert first.ref_logprobs is not None
-    assert (first.old_logprobs, first.ref_logprobs.tolist()) == (None, [-5.0] * 3)
+    assert (first.old_logprobs, first.ref_logprobs.tolist()) == (None, [0, 0, -5.0])

@@ -117,6 +117,13 @@ def test_completions_that_were_cut_off_can_be_left_out() -> None:
     assert weights(trainer) == pytest.approx([1 / 10] * 5)
 
 
+def test_the_kl_penalty_can_be_in_the_reward() -> None:
+    trainer = step(preset="rloo", kl_coef=0.1)  # the fake's base is the policy: nothing is taken off
+    assert advantages(trainer) == pytest.approx([0.75, -0.75, 0.5, 0.5, -1])
+    assert trainer.loss.keywords["kl_coef"] == 0
+    assert all(sample.ref_logprobs is None for sample in trainer.samples)
+
+
 def test_every_preset_is_offered_and_what_is_set_wins_over_it() -> None:
     assert set(PRESETS) == set(Config.model_json_schema()["properties"]["preset"]["anyOf"][0]["enum"])
     config = Config(preset="gspo", clip_low=0.01)
