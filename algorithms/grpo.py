@@ -13,7 +13,7 @@ Deviations from the papers:
   the updated one when the gradient is taken, so nothing is clipped; an importance weight (`correction`) corrects for age, and
   for the engine's arithmetic. With `--proximal rollout` the ratio is to the policy that sampled, and clipping does that.
 * Without a preset: GRPO's advantage with DAPO's normalisation, and no KL penalty.
-* Samples without an advantage are not computed when there is no KL penalty: their gradient is zero.
+* Samples without an advantage are not computed where their gradient is zero: not with a KL penalty or a loss of one's own.
 
 Expected: SmolLM2-135M-Instruct on `arithmetic` rises from about 0.1 to above 0.9 within 30 steps of 64 samples
 (`examples/quickstart.toml`).
@@ -73,7 +73,7 @@ class Config(RunSettings):
     """GRPO and its family: group-relative policy optimisation, asynchronous."""
 
     preset: Literal["grpo", "dr_grpo", "dapo", "gspo", "gmpo", "cispo", "rloo", "reinforce_pp"] | None = None
-    """Defaults of the settings below as a paper has them."""
+    """Defaults of the settings below as a paper has them; what is set, in a file too, wins."""
     advantage: Annotated[str, AfterValidator(partial(name_or_path, names=ADVANTAGES))] = "normalised"
     """normalised, centred, leave_one_out, raw, or `module:function` of one's own: rewards [G] -> advantages [G]."""
     whiten: bool = False
@@ -85,7 +85,7 @@ class Config(RunSettings):
     proximal: Literal["trainer", "rollout"] = "trainer"
     """The policy that the clipped ratio is to: the trainer's before the update, beside the correction, or the one that sampled,
     which needs none."""
-    clip_low: float = Field(0.2, gt=0, le=1)
+    clip_low: float = Field(0.2, gt=0)
     """The ratio is clipped below 1 - clip_low (geometric_clipped: exp(-clip_low))."""
     clip_high: float = Field(0.2, gt=0)
     """The ratio is clipped above 1 + clip_high (geometric_clipped: exp(clip_high))."""
@@ -109,6 +109,23 @@ class Config(RunSettings):
     def _fill_in_preset(cls, data: dict[str, Any]) -> dict[str, Any]:
         return PRESETS.get(data.get("preset") or "", {}) | data
 
+    @model_validator(mode="after")
+    def _check_objective(self) -> Config:
+        if self.clip_low > 1 and self.loss in ("clipped", "sequence_clipped", "clipped_weight"):
+            raise ValueError(f"--clip-low: expected at most 1 with --loss {self.loss}, got {self.clip_low}")
+        if self.proximal == "rollout" and self.correction != CorrectionSettings():
+            raise ValueError(
+                "--correction: not used with --proximal rollout, whose ratio is to the policy that sampled"
+            )
+        if self.dynamic_sampling and (
+            self.advantage == "raw" or self.whiten or (self.kl_coef and self.kl_in == "reward")
+        ):
+            raise ValueError(
+                "--dynamic-sampling: groups whose rewards are all equal do teach with --advantage raw, --whiten and "
+                "--kl-in reward"
+            )
+        return self
+
 
 async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metrics:
     """One optimizer step on the groups of one step."""
@@ -117,10 +134,11 @@ async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metri
     max_tokens = config.sampling.max_tokens
     if config.overlong_buffer:
         groups = with_overlong_penalty(groups, max_tokens=max_tokens, buffer=config.overlong_buffer * max_tokens)
+    found: Metrics = {}
+    if config.kl_coef and config.kl_in == "reward":
+        groups, found["policy/kl_ref"] = await with_kl_penalty(trainer, groups, config.kl_coef)
     if config.mask_truncated:
         groups = without_truncated(groups)
-    if config.kl_coef and config.kl_in == "reward":
-        groups = await with_kl_penalty(trainer, groups, config.kl_coef)
     advantages = load_object(ADVANTAGES.get(config.advantage, config.advantage))
     constant = partial(constant_weights, max_tokens=max_tokens)
     weights = {"token": token_weights, "sequence": sequence_weights, "constant": constant}[config.normalisation]
@@ -128,7 +146,7 @@ async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metri
     kl_coef = config.kl_coef if config.kl_in == "loss" else 0.0
     if kl_coef:
         samples = await with_ref_logprobs(trainer, samples)
-    else:
+    elif config.loss in SURROGATES:  # one of somebody's own may not be proportional to the advantage
         samples = without_signal_free(samples)
     if config.recompute_old_logprobs:
         samples = await with_old_logprobs(trainer, POLICY, samples)
@@ -144,7 +162,7 @@ async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metri
     metrics = await optimizer_step(trainer, POLICY, samples, loss, config.optim.adam)
     if config.correction.bound == "none" and config.proximal == "trainer":
         warn_if_stale(metrics)
-    return metrics
+    return metrics | found
 
 
 async def train(config: Config, marker: str) -> None:

@@ -6,7 +6,7 @@
 A row needs the column `prompt`, a string (continued as it stands) or a list of messages (rendered by the chat template). A
 reward function is called by keyword with lists of one: `prompts`, `completions` (strings, or lists of one message),
 `completion_ids`, and every other column; it returns a list of one float, or of None where it does not apply. It may be
-asynchronous. The reward is the sum of those that apply, each times its weight.
+asynchronous. The reward is the sum of those that apply, each times its weight. `trainer_state` is None.
 """
 
 from __future__ import annotations
@@ -33,10 +33,16 @@ FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 
 
 class Dataset(MessageEnvironment):
-    """`path` is a JSON, CSV or Parquet file, or what `datasets.load_dataset` takes; `weights` are 1 if not given."""
+    """`path` is a JSON, CSV or Parquet file, or what `datasets.load_dataset` takes, with its `name` and `split`; `weights` are
+    1 if not given."""
 
     def __init__(
-        self, path: str, rewards: Sequence[str], weights: Sequence[float] | None = None, split: str = "train"
+        self,
+        path: str,
+        rewards: Sequence[str],
+        weights: Sequence[float] | None = None,
+        name: str | None = None,
+        split: str = "train",
     ) -> None:
         self._functions = [load_object(name) for name in rewards]
         self._weights = [1.0] * len(rewards) if weights is None else list(weights)
@@ -46,7 +52,7 @@ class Dataset(MessageEnvironment):
             )
         kind = FORMATS.get(Path(path).suffix)
         self._rows: Rows = (
-            load_dataset(kind, data_files=path, split="train") if kind else load_dataset(path, split=split)
+            load_dataset(kind, data_files=path, split=split) if kind else load_dataset(path, name, split=split)
         )
         if "prompt" not in self._rows.column_names:
             raise ValueError(f"{path}: expected a column prompt, got {', '.join(self._rows.column_names)}")

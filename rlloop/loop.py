@@ -42,6 +42,8 @@ class Step:
     """For rollouts."""
     update_seconds: float
     refit: RefitReport
+    filtered: tuple[Group, ...] = ()
+    """Groups that were sampled since the step before and replaced, for their rewards were all equal."""
 
 
 class Stages(Protocol):
@@ -98,7 +100,7 @@ class Loop:
         self._num_steps = num_steps
         self._min_group_size = min_group_size
         self._max_filtered = max_filtered
-        self._num_filtered = 0
+        self._filtered: list[Group] = []
         """Since the last update."""
         self.version = first_step
         """Updates that the weights have seen."""
@@ -129,7 +131,7 @@ class Loop:
                 received = monotonic()
                 metrics = await self._stages.update(groups)
                 self.version += 1
-                self._num_filtered = 0
+                filtered, self._filtered = tuple(self._filtered), []
                 self._ledger.trained([group.prompt.ordinal for group in groups], self.version)
                 updated = monotonic()
                 report = RefitReport.interrupted(self.version)
@@ -139,7 +141,7 @@ class Loop:
                     for _ in groups:
                         slots.release()
                 finally:
-                    step = Step(self.version, groups, metrics, received - started, updated - received, report)
+                    step = Step(self.version, groups, metrics, received - started, updated - received, report, filtered)
                     self._stages.finish_step(step)
                 await self._stages.checkpoint(self.version)
 
@@ -192,8 +194,8 @@ class Loop:
     def _reason_to_drop(self, group: Group) -> DropReason | None:
         if len(group.rollouts) < self._min_group_size:
             return "failed"
-        if self._num_filtered < self._max_filtered and min(group.rewards) == max(group.rewards):
-            self._num_filtered += 1
+        if len(self._filtered) < self._max_filtered and min(group.rewards) == max(group.rewards):
+            self._filtered.append(group)
             return "filtered"
         return None
 

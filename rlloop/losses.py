@@ -116,10 +116,9 @@ def policy_loss(
     `tokens.ref_logprobs`.
     """
     old_logprobs = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
-    if proximal == "rollout":
-        token_loss, metrics = surrogate(logprobs, tokens.rollout_logprobs, tokens)
-    else:
-        token_loss, metrics = surrogate(logprobs, old_logprobs, tokens)
+    proximal_logprobs = tokens.rollout_logprobs if proximal == "rollout" else old_logprobs
+    token_loss, metrics = surrogate(logprobs, proximal_logprobs, tokens)
+    if proximal == "trainer":
         token_loss = token_loss * importance_weights(
             old_logprobs, tokens.rollout_logprobs, tokens.sample_index, **(correction or {})
         )
@@ -130,7 +129,7 @@ def policy_loss(
     }
     if tokens.ref_logprobs is not None:
         metrics["kl_ref"] = kl_k3(logprobs, tokens.ref_logprobs)
-        token_loss = token_loss + kl_coef * kl_penalty(logprobs, old_logprobs, tokens.ref_logprobs, kl_estimator)
+        token_loss = token_loss + kl_coef * kl_penalty(logprobs, proximal_logprobs, tokens.ref_logprobs, kl_estimator)
     elif kl_coef:
         raise ValueError(f"kl_coef={kl_coef} needs the base's logprobs, but the samples carry no ref_logprobs")
     loss = (tokens.loss_weights * token_loss).sum()
@@ -141,8 +140,10 @@ def kl_penalty(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, est
     """What is added to the loss of each token [N] for KL(policy || base), so that its gradient is that of the KL.
 
     k1: ratio * (logprobs - ref); k2: (logprobs - ref)^2 / 2; k3: ratio * `kl_k3`. The ratio before k1 and k3, even where
-    its value is 1, is what makes their gradient right (for samples of the present version; DeepSeek-V3.2, arXiv
-    2512.02556); that of k2 is right without one (Tang & Munos 2025, arXiv 2506.09477). k3 varies least.
+    its value is 1, is what makes their gradient right: for samples of the present version, and of others where
+    old_logprobs are those of the policy that sampled (DeepSeek-V3.2, arXiv 2512.02556). That of k2 is right without one, for
+    samples of the present version (Tang & Munos 2025, arXiv 2506.09477). At ratio 1 the gradients of k2 and k3 are the
+    same; that of k1 varies more.
     """
     difference = logprobs - ref_logprobs
     if estimator == "k2":

@@ -53,7 +53,7 @@ class StepMetrics:
         served = statistics.first_token_seconds.get(step.number - 1, statistics.first_token_seconds.get(step.number))
         return {
             **dict.fromkeys(UPDATE_METRICS, float("nan")),
-            **_reward_metrics(step.groups),
+            **_reward_metrics([*step.groups, *step.filtered]),
             **_completion_metrics(step.groups),
             **step.metrics,
             **self._staleness(step),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -78,7 +79,7 @@ class Run:
             num_slots=settings.num_slots,
             num_steps=settings.num_steps,
             min_group_size=settings.environment.min_group_size,
-            max_filtered=round(settings.dynamic_sampling * settings.groups_per_step),
+            max_filtered=math.ceil(settings.dynamic_sampling * settings.groups_per_step),
             first_step=self.first_step,
         )
         self._metrics = StepMetrics(loop, self.ledger, self.engine)

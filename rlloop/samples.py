@@ -57,30 +57,26 @@ def with_overlong_penalty(groups: Sequence[Group], *, max_tokens: int, buffer: i
     return found
 
 
-async def with_kl_penalty(trainer: Trainer, groups: Sequence[Group], kl_coef: float) -> list[Group]:
+async def with_kl_penalty(trainer: Trainer, groups: Sequence[Group], kl_coef: float) -> tuple[list[Group], float]:
     """Lower each reward by kl_coef * sum over its tokens of (rollout_logprobs - the frozen base's logprobs).
 
     The KL divergence to the base as part of what is maximised (Ziegler et al. 2019, arXiv 1909.08593, equation 2; RLOO,
-    Ahmadian et al. 2024, arXiv 2402.14740): it reaches all tokens of a rollout through its advantage.
+    Ahmadian et al. 2024, arXiv 2402.14740): it reaches all tokens of a rollout through its advantage. Also returns the mean
+    of that difference over the tokens, the k1 estimate of the KL divergence.
     """
     samples = make_samples(groups, raw_rewards, token_weights)
     ref_logprobs = await trainer.logprobs(None, samples)
-    penalties = iter(
-        [
-            kl_coef * float((sample.rollout_logprobs - ref).sum())
-            for sample, ref in zip(samples, ref_logprobs, strict=True)
-        ]
-    )
-    return [
-        replace(
-            group,
-            rewards=tuple(
-                reward - (next(penalties) if rollout.loss_mask.any() else 0.0)
-                for reward, rollout in zip(group.rewards, group.rollouts, strict=True)
-            ),
+    kls = [float((s.rollout_logprobs - ref).sum()) for s, ref in zip(samples, ref_logprobs, strict=True)]
+    num_tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
+    remaining = iter(kls)
+
+    def lowered(group: Group) -> tuple[float, ...]:
+        return tuple(
+            reward - kl_coef * (next(remaining) if rollout.loss_mask.any() else 0.0)
+            for reward, rollout in zip(group.rewards, group.rollouts, strict=True)
         )
-        for group in groups
-    ]
+
+    return [replace(group, rewards=lowered(group)) for group in groups], sum(kls) / max(num_tokens, 1)
 
 
 def _longest_turn(rollout: Rollout) -> int:

@@ -149,3 +149,9 @@ def test_the_quickstart_is_a_valid_config(capsys: pytest.CaptureFixture[str]) ->
 def test_an_empty_config_argument_is_refused() -> None:
     with pytest.raises(ConfigError, match="--config"):
         parse(RunSettings, ["--config="], "rlloop")
+
+
+def test_rewards_are_an_argument_of_the_environment() -> None:
+    settings, _ = parse(RunSettings, ["--rewards", "a:b,c:d", "--env-args", '{"path": "x"}'], "rlloop")
+    assert settings.all_env_args == {"path": "x", "rewards": ["a:b", "c:d"]}
+    assert RunSettings().all_env_args == {}

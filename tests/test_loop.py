@@ -259,6 +259,9 @@ def test_groups_without_a_signal_are_replaced(backend: str) -> None:
     assert all(ordinal % 3 for ordinal in trained)
     assert loop.dropped == {"filtered": ledger.counts["filtered"]}
     assert ledger.counts["filtered"] >= 5
+    filtered = [group for step in stages.steps for group in step.filtered]
+    assert all(group.prompt.ordinal % 3 == 0 for group in filtered)
+    assert 4 <= len(filtered) <= ledger.counts["filtered"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -155,3 +155,14 @@ def test_completion_rows() -> None:
         "finish_reason": "length",
         "num_tokens": 4,
     }
+
+
+def test_rewards_of_groups_that_were_filtered_count(clock: Clock) -> None:
+    """Or the reward would look better at first, and worse at last, than it is."""
+    metrics, _, _ = make_metrics()
+    solved = Group(Prompt(6, 2, 0, None), (rollout("e"), rollout("f")), (1.0, 1.0), policy_version=1)
+    clock.now += 4.0
+    found = metrics.of(make_step(filtered=(solved,)))
+    assert found["reward/mean"] == pytest.approx(4 / 6)
+    assert found["reward/frac_zero_std"] == pytest.approx(2 / 3)
+    assert found["completions/mean_length"] == 2.5  # of what was trained

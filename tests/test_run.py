@@ -437,3 +437,15 @@ def test_run_unwraps_the_groups_of_task_groups() -> None:
 
     with pytest.raises(EngineError, match="with mark 32"):
         run(main, RunSettings())
+
+
+class EqualScores:
+    async def score(self, task: Any, rollout: Rollout) -> float | Failure:
+        return 1.0
+
+
+def test_groups_without_a_signal_are_replaced_up_to_a_share_of_the_step(tmp_path: Path) -> None:
+    train(make_settings(tmp_path / "run", dynamic_sampling=0.4), scorer=EqualScores())
+    lines = read_metrics(tmp_path / "run")
+    assert len(lines) == 6
+    assert 4 <= sum(line["async/dropped_filtered"] for line in lines) <= 6  # one of two groups, each step

@@ -65,7 +65,8 @@ def test_samples_without_a_signal_are_left_out_and_the_others_keep_their_weight(
 def test_the_kl_penalty_is_the_sum_over_the_tokens_of_a_rollout() -> None:
     trainer: Any = Trainer()
     groups = [group(1, (rollout(2, 1), rollout(2, 0), rollout(2, 3)), (1.0, 1.0, 1.0)), GROUPS[1]]
-    found = anyio.run(with_kl_penalty, trainer, groups, 0.1)
+    found, kl = anyio.run(with_kl_penalty, trainer, groups, 0.1)
+    assert kl == pytest.approx(3)
     # Sampled at -2, the base has -5: 3 nats a token; a rollout without tokens loses nothing.
     assert found[0].rewards == pytest.approx((1 - 0.3, 1.0, 1 - 0.9))
     assert found[1].rewards == pytest.approx((0.5 - 1.2, 0.5 - 0.6))

@@ -16,7 +16,7 @@ class Metric(NamedTuple):
 
 
 DOCUMENTED: dict[str, Metric] = {
-    "reward/mean": Metric("reward", "Mean over the rollouts of the step.", "reward"),
+    "reward/mean": Metric("reward", "Mean over the rollouts of the step, those of filtered groups included.", "reward"),
     "reward/std": Metric("reward", "Standard deviation over the rollouts of the step.", "reward_std"),
     "reward/min": Metric("reward", "Least of the step."),
     "reward/max": Metric("reward", "Greatest of the step."),

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -168,39 +168,54 @@ class Ranks:
         """Take the replies of cancelled calls, and of the factories, whose errors nobody has seen yet."""
         if not self._ranks:
             raise TrainerError("the trainer is not running: use it within `async with`")
-        for index, rank in enumerate(self._ranks):
+
+        async def discard(index: int) -> RlloopError | None:
+            rank = self._ranks[index]
             while rank.num_owed:
                 reply = await self._receive(index)
                 if not rank.is_built and reply.error is not None:
-                    raise reply.error
+                    return reply.error
                 rank.is_built = True
+            return None
+
+        await self._for_each(discard)
 
     async def _first_answer(self) -> Any:
-        """Rank 0's answer when all have replied, or the first error of any rank: the others may then wait for it forever.
+        """Rank 0's answer when all have replied."""
+        answers: dict[int, Any] = {}
+
+        async def answer(index: int) -> RlloopError | None:
+            reply = await self._receive(index)
+            answers[index] = reply.value
+            return reply.error
+
+        await self._for_each(answer)
+        return answers[0]
+
+    async def _for_each(self, wait: Callable[[int], Awaitable[RlloopError | None]]) -> None:
+        """Raise the first error of any rank: the others may then wait for it forever.
 
         A rank that is gone is the error, even where one that spoke to it has raised before.
         """
-        answers: dict[int, Any] = {}
+        deaths: list[RlloopError] = []
         errors: list[RlloopError] = []
 
         async def wait_for(index: int) -> None:
             try:
-                reply = await self._receive(index)
+                error = await wait(index)
             except TrainerError as death:
-                errors.insert(0, death)
+                deaths.append(death)
                 tasks.cancel_scope.cancel()
                 return
-            answers[index] = reply.value
-            if reply.error is not None:
-                errors.append(reply.error)
+            if error is not None:
+                errors.append(error)
                 tasks.cancel_scope.deadline = anyio.current_time() + _SECONDS_FOR_A_DEATH
 
         async with anyio.create_task_group() as tasks:
             for index in range(len(self._ranks)):
                 tasks.start_soon(wait_for, index)
-        if errors:
-            raise errors[0]
-        return answers[0]
+        if deaths or errors:
+            raise (deaths + errors)[0]
 
     async def _receive(self, index: int) -> _Reply:
         rank = self._ranks[index]

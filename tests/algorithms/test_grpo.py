@@ -19,22 +19,27 @@ from rlloop import losses
 from rlloop.errors import ConfigError
 from rlloop.trainer import Loss, TokenBatch
 from rlloop.trainer.fake import FakeTrainer
-from rlloop.types import Group, LoraConfig, Metrics, Prompt, Rollout, Sample
+from rlloop.types import FloatArray, Group, LoraConfig, Metrics, Prompt, Rollout, Sample
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_loss"
 
 
 class RecordingTrainer(FakeTrainer):
-    """Its samples are far from its policy."""
+    """Its samples are far from its policy, and at each token one nat likelier than for its base."""
 
     def __init__(self) -> None:
         super().__init__()
         self.samples: Sequence[Sample] = ()
         self.loss: Any = None
+        self.metrics: Metrics = {}
 
     async def forward_backward(self, name: str, samples: Sequence[Sample], loss: Loss) -> Metrics:
         self.samples, self.loss = samples, loss
         return {**await super().forward_backward(name, samples, loss), "sampler_kl/mean": 0.5}
+
+    async def logprobs(self, name: str | None, samples: Sequence[Sample]) -> list[FloatArray]:
+        assert name is None
+        return [sample.rollout_logprobs - sample.loss_mask for sample in samples]
 
 
 def rollout(num_sampled: int, finish_reason: str = "stop") -> Rollout:
@@ -61,7 +66,7 @@ def step(**settings: Any) -> RecordingTrainer:
 
     async def run() -> None:
         await trainer.create_adapter("policy", LoraConfig())
-        await update(trainer, GROUPS, Config(**settings, sampling={"max_tokens": 10}))
+        trainer.metrics = await update(trainer, GROUPS, Config(**settings, sampling={"max_tokens": 10}))
 
     anyio.run(run)
     return trainer
@@ -105,9 +110,10 @@ def test_presets(preset: Any, expected: list[float], weight: list[float], surrog
 
 
 def test_dapo_lowers_the_rewards_of_long_completions() -> None:
-    trainer = step(preset="dapo", advantage="raw")
-    # The last 2 of 10 tokens: the third rollout's reward falls from 0.5 to -0.5.
-    assert advantages(trainer) == [1, -0.5, 1, 1]
+    trainer = step(preset="dapo", advantage="centred")
+    # The last 2 of 10 tokens: the third rollout's reward falls from 0.5 to -0.5, the mean of the three to 1 / 6.
+    assert advantages(trainer) == pytest.approx([5 / 6, -1 / 6, -4 / 6, THIRD, THIRD, -2 * THIRD])
+    assert weights(trainer) == pytest.approx([1 / 20] * 6)
     assert trainer.loss.keywords["surrogate"].keywords == {"clip_low": 0.2, "clip_high": 0.28}
 
 
@@ -117,17 +123,24 @@ def test_completions_that_were_cut_off_can_be_left_out() -> None:
     assert weights(trainer) == pytest.approx([1 / 10] * 5)
 
 
-def test_the_kl_penalty_can_be_in_the_reward() -> None:
-    trainer = step(preset="rloo", kl_coef=0.1)  # the fake's base is the policy: nothing is taken off
-    assert advantages(trainer) == pytest.approx([0.75, -0.75, 0.5, 0.5, -1])
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_the_kl_penalty_can_be_in_the_reward(mask_truncated: bool) -> None:
+    trainer = step(preset="rloo", kl_coef=0.1, mask_truncated=mask_truncated)
+    # 0.1 a token: rewards 0.9, -0.3, -0.5 and 0.8, 0.8, -0.2; what was cut off counts in the mean in any case
+    expected = [1.3, -0.5, -0.8, 0.5, 0.5, -1.0]
+    if mask_truncated:
+        expected.pop(2)
+    assert advantages(trainer) == pytest.approx(expected)
     assert trainer.loss.keywords["kl_coef"] == 0
     assert all(sample.ref_logprobs is None for sample in trainer.samples)
+    assert trainer.metrics["policy/kl_ref"] == pytest.approx(1)
 
 
 def test_every_preset_is_offered_and_what_is_set_wins_over_it() -> None:
     assert set(PRESETS) == set(Config.model_json_schema()["properties"]["preset"]["anyOf"][0]["enum"])
     config = Config(preset="gspo", clip_low=0.01)
     assert (config.loss, config.clip_low, config.clip_high) == ("sequence_clipped", 0.01, 4e-4)
+    assert Config(preset="dapo").dynamic_sampling == 3
     assert Config(**config.model_dump()) == config
 
 
@@ -141,6 +154,13 @@ def test_every_preset_is_offered_and_what_is_set_wins_over_it() -> None:
         ({"advantage": "best"}, "expected normalised, centred, leave_one_out, raw or package.module:name"),
         ({"correction": {"bound": "mask", "floor": 3.0}}, "floor 3.0 is not below cap 2.0"),
         ({"correction": {"floor": 0.5}}, "floor is for bound mask only"),
+        ({"preset": "cispo", "correction": {"bound": "none"}}, "--correction: not used with --proximal rollout"),
+        (
+            {"preset": "reinforce_pp", "dynamic_sampling": 1},
+            "--dynamic-sampling: groups whose rewards are all equal do teach",
+        ),
+        ({"preset": "rloo", "kl_coef": 0.1, "dynamic_sampling": 1}, "--dynamic-sampling: groups"),
+        ({"clip_low": 1.5}, "--clip-low: expected at most 1 with --loss clipped, got 1.5"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -152,7 +172,8 @@ def test_ones_own_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLE)
     monkeypatch.setattr(sys, "path", list(sys.path))
     trainer = step(advantage="mine:best_of_group", loss="mine:soft_gate", clip_low=0.7, clip_high=1.0)
-    assert advantages(trainer) == pytest.approx([0.5, THIRD, THIRD])
+    # A loss that need not be proportional to the advantage sees all samples.
+    assert advantages(trainer) == pytest.approx([0.5, 0, 0, THIRD, THIRD, 0])
 
     row = torch.tensor([2.0, -1.0], dtype=torch.float64)
     tokens = TokenBatch(row, torch.ones(2), torch.zeros(2), None, None, torch.tensor([0, 1]), torch.zeros(2))
@@ -177,7 +198,7 @@ def test_a_function_that_is_missing_is_named_before_anything_starts(monkeypatch:
     [
         ({}, False),
         ({"correction": {"bound": "none"}}, True),
-        ({"preset": "cispo", "correction": {"bound": "none"}}, False),
+        ({"preset": "cispo"}, False),
     ],
 )
 def test_a_correction_that_is_missing_is_warned_of(

@@ -68,6 +68,11 @@ class Rank:
             self.context.check_interrupt()
             time.sleep(0.01)
 
+class Lost(Rank):
+    def __init__(self, context):
+        super().__init__(context)
+        self.lose(1)
+
 def broken(context):
     raise RuntimeError("no such model")
 """
@@ -160,6 +165,12 @@ async def test_a_rank_that_is_gone_explains_what_the_others_raise(module) -> Non
         await ranks.call("echo")
         with pytest.raises(TrainerError, match="rank 1 was killed by SIGKILL"):
             await ranks.call("lose", 1)
+
+
+async def test_a_rank_that_dies_while_it_is_built_explains_what_the_others_raise(module) -> None:
+    async with Ranks([RankSpec(module.Lost)] * 2) as ranks:
+        with pytest.raises(TrainerError, match="rank 1 was killed by SIGKILL"):
+            await ranks.call("echo")
 
 
 async def test_factory_that_fails(module) -> None:
