@@ -32,6 +32,7 @@ from rlloop.config import CorrectionSettings, RunSettings
 from rlloop.plugins import is_path, load_object, name_or_path
 from rlloop.run import POLICY, open_run, run
 from rlloop.samples import (
+    LossWeights,
     make_samples,
     with_kl_penalty,
     with_old_logprobs,
@@ -140,9 +141,12 @@ async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metri
     if config.mask_truncated:
         groups = without_truncated(groups)
     advantages = load_object(ADVANTAGES.get(config.advantage, config.advantage))
-    constant = partial(constant_weights, max_tokens=max_tokens)
-    weights = {"token": token_weights, "sequence": sequence_weights, "constant": constant}[config.normalisation]
-    samples = make_samples(groups, advantages, weights, whiten=config.whiten)
+    weights: dict[str, LossWeights] = {
+        "token": token_weights,
+        "sequence": sequence_weights,
+        "constant": partial(constant_weights, max_tokens=max_tokens),
+    }
+    samples = make_samples(groups, advantages, weights[config.normalisation], whiten=config.whiten)
     kl_coef = config.kl_coef if config.kl_in == "loss" else 0.0
     if kl_coef:
         samples = await with_ref_logprobs(trainer, samples)

@@ -64,7 +64,7 @@ def whitened(advantages: ArrayLike, *, eps: float = 1e-8) -> Array:
     return (advantages_s - advantages_s.mean()) / (advantages_s.std() + eps)
 
 
-def overlong_penalties(lengths: ArrayLike, *, max_tokens: int, buffer: int) -> Array:
+def overlong_penalties(lengths: ArrayLike, *, max_tokens: int, buffer: float) -> Array:
     """Lengths [G] of completions -> what is added to their rewards [G]: 0, then linearly down to -1 over the last `buffer`
     tokens before `max_tokens`.
 

@@ -46,7 +46,7 @@ def make_samples(
     ]
 
 
-def with_overlong_penalty(groups: Sequence[Group], *, max_tokens: int, buffer: int) -> list[Group]:
+def with_overlong_penalty(groups: Sequence[Group], *, max_tokens: int, buffer: float) -> list[Group]:
     """Lower the rewards of long rollouts; see `rlloop.advantages.overlong_penalties`."""
     found = []
     for group in groups:
