@@ -35,7 +35,6 @@ from rlloop.samples import (
     LossWeights,
     make_samples,
     with_kl_penalty,
-    with_old_logprobs,
     with_overlong_penalty,
     with_ref_logprobs,
     without_signal_free,
@@ -102,8 +101,6 @@ class Config(RunSettings):
     """Over this share of `sampling.max_tokens` before the limit, a completion's reward falls by up to 1."""
     mask_truncated: bool = False
     """Completions that the token limit cut off carry no loss."""
-    recompute_old_logprobs: bool = False
-    """Take old logprobs from a forward pass of their own; makes no difference with one optimizer step a batch."""
 
     @model_validator(mode="before")
     @classmethod
@@ -152,8 +149,6 @@ async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metri
         samples = await with_ref_logprobs(trainer, samples)
     elif config.loss in SURROGATES:  # one of somebody's own may not be proportional to the advantage
         samples = without_signal_free(samples)
-    if config.recompute_old_logprobs:
-        samples = await with_old_logprobs(trainer, POLICY, samples)
     surrogate = load_object(SURROGATES.get(config.loss, config.loss))
     loss = partial(
         policy_loss,

@@ -26,7 +26,7 @@ from typing import Any
 
 from anyio import CancelScope, to_thread
 
-from rlloop.errors import CheckpointError, RlloopError
+from rlloop.errors import CheckpointError, RankDied, RlloopError
 
 _FORMAT = 1
 _LEDGER = "ledger.json"
@@ -60,8 +60,8 @@ async def write_checkpoint(
     `save` writes the trainer's files into the folder that it is given. `meta` goes into the manifest (policy_version,
     config_sha256, ...). A sound checkpoint of the same step is left as it is. Returns the checkpoint's folder.
 
-    Raises CheckpointError if the disk is full or `save` raises an OSError or RlloopError. However it ends, earlier
-    checkpoints are untouched then and nothing half-written stays.
+    Raises CheckpointError if the disk is full or `save` raises an OSError or RlloopError; RankDied comes as itself. However it
+    ends, earlier checkpoints are untouched then and nothing half-written stays.
     """
     folder = _folder(root) / f"step_{step:06d}"
     temporary = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(4)}")
@@ -73,6 +73,8 @@ async def write_checkpoint(
             await to_thread.run_sync(_seal, temporary, ledger_state, manifest)
             await to_thread.run_sync(_commit, temporary, folder)
         await to_thread.run_sync(_supersede, root, folder, keep)
+    except RankDied:
+        raise
     except (OSError, RlloopError) as error:
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {folder.parent}: {error}. "

@@ -8,6 +8,7 @@
     ├── BadEnvironmentError  an environment cannot be found, built, or breaks its contract
     ├── EngineError          the engine died or refused a request
     ├── TrainerError         a trainer rank died or raised; carries the rank's traceback
+    │   ├── RankDied         a process of the trainer is gone; names the rank and the signal
     │   ├── NonFiniteError   too many steps in a row had a non-finite loss or gradient
     │   └── Interrupted      a call to the trainer was ended because another came first (rlloop.trainer.ranks)
     ├── RefitError           an adapter did not arrive, or what arrived is not what was sent
@@ -46,6 +47,10 @@ class EngineError(RlloopError):
 
 class TrainerError(RlloopError):
     """A trainer rank died or raised."""
+
+
+class RankDied(TrainerError):
+    """A process of the trainer is gone."""
 
 
 class NonFiniteError(TrainerError):

@@ -19,7 +19,7 @@ from rlloop.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
 from rlloop.config import RunSettings
 from rlloop.engine import Engine
 from rlloop.environment import Environment, load_environment
-from rlloop.errors import CheckpointError, RlloopError
+from rlloop.errors import CheckpointError, RankDied, RlloopError
 from rlloop.events import Events
 from rlloop.ledger import Ledger, fingerprint
 from rlloop.loop import Loop, Step
@@ -93,7 +93,10 @@ class Run:
             with CancelScope(shield=True):
                 try:
                     await self._save()
-                except CheckpointError as error:  # the trainer may be what died; the first error is the one to raise
+                except (
+                    CheckpointError,
+                    RankDied,
+                ) as error:  # the trainer may be what died; the first error is the one to raise
                     logging.getLogger(__name__).error("what came after step %d is lost: %s", self._saved, error)
             raise
         await self._save()

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from rlloop.checkpoint import newest_checkpoint, write_checkpoint
-from rlloop.errors import CheckpointError, TrainerError
+from rlloop.errors import CheckpointError, RankDied, TrainerError
 
 pytestmark = pytest.mark.anyio
 
@@ -128,6 +128,16 @@ async def test_full_disk_while_the_ledger_is_written(tmp_path):
     await write(tmp_path, 5)
     with pytest.raises(CheckpointError, match="File too large"):
         await write_checkpoint(tmp_path, 10, saver(b"small"), {"done": list(range(50_000))}, {})
+    assert names(tmp_path) == ["step_000005"]
+
+
+async def test_a_rank_that_dies_in_a_save_is_the_error(tmp_path):
+    async def die(folder: Path) -> None:
+        raise RankDied("trainer rank 0 was killed")
+
+    await write(tmp_path, 5)
+    with pytest.raises(RankDied, match="trainer rank 0 was killed"):
+        await write_checkpoint(tmp_path, 10, die, {}, {})
     assert names(tmp_path) == ["step_000005"]
 
 

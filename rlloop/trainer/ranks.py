@@ -28,7 +28,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from rlloop.errors import RlloopError, TrainerError
+from rlloop.errors import RankDied, RlloopError, TrainerError
 from rlloop.processes import blocked_signals
 
 _SPAWN = multiprocessing.get_context("spawn")
@@ -203,7 +203,7 @@ class Ranks:
         async def wait_for(index: int) -> None:
             try:
                 error = await wait(index)
-            except TrainerError as death:
+            except RankDied as death:
                 deaths.append(death)
                 tasks.cancel_scope.cancel()
                 return
@@ -230,13 +230,13 @@ class Ranks:
         return reply
 
 
-def _death(index: int, exit_code: int | None, log_path: Path | None) -> TrainerError:
+def _death(index: int, exit_code: int | None, log_path: Path | None) -> RankDied:
     how = f"ended with exit code {exit_code}"
     if exit_code is not None and exit_code < 0:
         how = f"was killed by {signal.Signals(-exit_code).name}"
         if -exit_code == signal.SIGKILL:
             how += " (out of memory, if nobody did it)"
-    return TrainerError(f"trainer rank {index} {how}" + (f"; its output is in {log_path}" if log_path else ""))
+    return RankDied(f"trainer rank {index} {how}" + (f"; its output is in {log_path}" if log_path else ""))
 
 
 @contextmanager
