@@ -370,7 +370,7 @@ def test_the_geometric_mean_equals_trl(build_trl: Any) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_the_example_of_ones_own_surrogate_equals_trl(build_trl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "custom_loss")
-    surrogate = partial(load_object("mine:soft_gate"), clip_low=1.05, clip_high=0.9)
+    surrogate = partial(load_object("my_loss:soft_gate"), clip_low=1.05, clip_high=0.9)
     trainer = build_trl("sapo", sapo_temperature_neg=1.05, sapo_temperature_pos=0.9)
     assert_equals_trl(trainer, sequence_weights, moved=True, surrogate=surrogate)
 

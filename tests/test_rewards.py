@@ -122,7 +122,8 @@ async def test_a_hang_is_killed_in_time_and_costs_one_rollout(hang: str) -> None
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(score, hang)
             tasks.start_soon(score, "right")
-        assert 1.0 <= monotonic() - started < 2.0
+        # It hangs forever; the margin is for a machine that does other things, too.
+        assert 1.0 <= monotonic() - started < 4.0
     outcome = outcomes[hang]
     assert isinstance(outcome, Failure)
     assert (outcome.kind, outcome.stage) == ("timeout", "score")

@@ -171,7 +171,7 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 def test_ones_own_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLE)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    trainer = step(advantage="mine:best_of_group", loss="mine:soft_gate", clip_low=0.7, clip_high=1.0)
+    trainer = step(advantage="my_loss:best_of_group", loss="my_loss:soft_gate", clip_low=0.7, clip_high=1.0)
     # A loss that need not be proportional to the advantage sees all samples.
     assert advantages(trainer) == pytest.approx([0.5, 0, 0, THIRD, THIRD, 0])
 
@@ -189,8 +189,8 @@ def test_ones_own_functions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_function_that_is_missing_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLE)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(ConfigError, match=r"mine has no function or class soft_gates \(did you mean soft_gate\?\)"):
-        anyio.run(train, Config(loss="mine:soft_gates"), "marker")
+    with pytest.raises(ConfigError, match=r"my_loss has no function or class soft_gates \(did you mean soft_gate\?\)"):
+        anyio.run(train, Config(loss="my_loss:soft_gates"), "marker")
 
 
 @pytest.mark.parametrize(

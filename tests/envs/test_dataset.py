@@ -130,8 +130,8 @@ def test_bad_arguments_are_explained(folder: Path, args: dict[str, Any], message
 
 def test_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLE)
-    sys.modules.pop("mine", None)
-    args = {"path": "questions.jsonl", "rewards": ["mine:right", "mine:brief"], "weights": [1.0, 0.2]}
+    sys.modules.pop("my_rewards", None)
+    args = {"path": "questions.jsonl", "rewards": ["my_rewards:right", "my_rewards:brief"], "weights": [1.0, 0.2]}
     environment: Any = load_environment("dataset", args)
     assert len(environment) == 8
     assert environment.score(environment.task(0), rollout("Green grass")) == pytest.approx(1.1)
