@@ -15,6 +15,7 @@ from rlloop.models import resolve_model
 from rlloop.tracking.files import read_metrics
 
 HERE = Path(__file__).parent
+QUICKSTART = HERE.parent / "examples" / "quickstart.toml"
 
 
 @dataclass
@@ -35,6 +36,16 @@ class Figures:
     def median_step(self) -> float:
         """Seconds of the median step after the first two."""
         return median(line["time/step"] for line in self.metrics[2:])
+
+    @property
+    def rewards(self) -> list[float]:
+        """Mean reward of each step."""
+        return [line["reward/mean"] for line in self.metrics]
+
+    @property
+    def first_and_last_five(self) -> tuple[float, float]:
+        """Mean reward of the first and of the last five steps."""
+        return sum(self.rewards[:5]) / 5, sum(self.rewards[-5:]) / 5
 
     def mean(self, key: str) -> float:
         """Over the steps after the first two."""

@@ -15,9 +15,8 @@ from statistics import median
 from time import monotonic
 
 from _report import RESULTS, Cell, Report
-from _runs import HERE, run_grpo
+from _runs import QUICKSTART, run_grpo
 
-CONFIG = HERE.parent / "examples" / "quickstart.toml"
 KINDS = ("peft", "megatron")
 
 
@@ -50,16 +49,17 @@ def main() -> None:
             for kind in KINDS:
                 started = monotonic()
                 settings = ("--trainer.kind", kind, "--seed", str(seed), "--num_steps", str(arguments.steps))
-                figures = run_grpo(Path(scratch) / "run", "--config", str(CONFIG), *settings, *flags)
+                figures = run_grpo(Path(scratch) / "run", "--config", str(QUICKSTART), *settings, *flags)
                 # None of steps without an update.
                 sampler_kl = [kl for line in figures.metrics if isfinite(kl := line["policy/sampler_kl_mean"])]
-                rewards = curves[kind, seed] = [line["reward/mean"] for line in figures.metrics]
+                rewards = curves[kind, seed] = figures.rewards
+                first, last = figures.first_and_last_five
                 rows.append(
                     {
                         "trainer": kind,
                         "seed": seed,
-                        "first five": sum(rewards[:5]) / 5,
-                        "last five": sum(rewards[-5:]) / 5,
+                        "first five": first,
+                        "last five": last,
                         "sampler_kl": median(sampler_kl),
                         "s/step": figures.median_step,
                         "seconds, start included": monotonic() - started,

@@ -15,10 +15,9 @@ from time import monotonic
 
 import numpy as np
 from _report import RESULTS, Cell, Report
-from _runs import HERE, run_grpo
+from _runs import QUICKSTART, run_grpo
 from rlloop.algorithms.grpo import PRESETS
 
-CONFIG = HERE.parent / "examples" / "quickstart.toml"
 TASKS = {
     "arithmetic": (),
     "chain_sum": (
@@ -68,17 +67,18 @@ def main() -> None:
                 settings = [*TASKS[task], "--num_steps", str(arguments.steps), *flags]
                 if preset != "default":
                     settings += ["--preset", preset]
-                found = curves[task, preset] = []
-                for seed in arguments.seeds:
-                    run = run_grpo(Path(scratch) / "run", "--config", str(CONFIG), "--seed", str(seed), *settings)
-                    found.append([line["reward/mean"] for line in run.metrics])
-                last = [sum(rewards[-5:]) / 5 for rewards in found]
+                runs = [
+                    run_grpo(Path(scratch) / "run", "--config", str(QUICKSTART), "--seed", str(seed), *settings)
+                    for seed in arguments.seeds
+                ]
+                curves[task, preset] = [run.rewards for run in runs]
+                first, last = zip(*(run.first_and_last_five for run in runs), strict=True)
                 row: dict[str, Cell] = {
                     "preset": preset,
-                    "first five": sum(sum(rewards[:5]) / 5 for rewards in found) / len(found),
-                    "last five": sum(last) / len(last),
+                    "first five": sum(first) / len(runs),
+                    "last five": sum(last) / len(runs),
                     "worst seed": min(last),
-                    "s/run, start included": (monotonic() - started) / len(found),
+                    "s/run, start included": (monotonic() - started) / len(runs),
                 }
                 print(row, flush=True)
                 rows.append(row)

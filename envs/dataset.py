@@ -44,7 +44,7 @@ class Dataset(MessageEnvironment):
         name: str | None = None,
         split: str = "train",
     ) -> None:
-        self._functions = [load_object(name) for name in rewards]
+        self._functions = [load_object(function) for function in rewards]
         self._weights = [1.0] * len(rewards) if weights is None else list(weights)
         if len(self._weights) != len(rewards) or not rewards:
             raise ValueError(

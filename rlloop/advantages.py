@@ -58,10 +58,8 @@ def whitened(advantages: ArrayLike, *, eps: float = 1e-8) -> Array:
     REINFORCE++ (Hu et al. 2025, arXiv 2501.03262, equation 3): one scale for the whole batch, so that a prompt whose rewards
     hardly differ is not weighted up. Advantages that are all equal become 0.
     """
-    advantages_s = np.asarray(advantages, np.float64)
-    if np.ptp(advantages_s) == 0:
-        return np.zeros_like(advantages_s)
-    return (advantages_s - advantages_s.mean()) / (advantages_s.std() + eps)
+    centred_s = group_centred(advantages)
+    return centred_s / (centred_s.std() + eps)
 
 
 def overlong_penalties(lengths: ArrayLike, *, max_tokens: int, buffer: float) -> Array:

@@ -285,7 +285,7 @@ class RunSettings(Settings):
     @property
     def all_env_args(self) -> dict[str, Any]:
         """Arguments of the environment, the rewards among them."""
-        return {**self.env_args, **({"rewards": list(self.rewards)} if self.rewards else {})}
+        return self.env_args | ({"rewards": list(self.rewards)} if self.rewards else {})
 
     @property
     def num_slots(self) -> int:

@@ -180,6 +180,8 @@ class Loop:
             finally:
                 self.num_in_flight -= 1
                 self._scopes[version].discard(scope)
+        if group is not None and reason == "filtered":
+            self._filtered.append(group)
         if reason in (None, "filtered"):
             self._failed_in_a_row = 0
         if reason is None:
@@ -195,7 +197,6 @@ class Loop:
         if len(group.rollouts) < self._min_group_size:
             return "failed"
         if len(self._filtered) < self._max_filtered and min(group.rewards) == max(group.rewards):
-            self._filtered.append(group)
             return "filtered"
         return None
 

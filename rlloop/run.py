@@ -93,10 +93,8 @@ class Run:
             with CancelScope(shield=True):
                 try:
                     await self._save()
-                except (
-                    CheckpointError,
-                    RankDied,
-                ) as error:  # the trainer may be what died; the first error is the one to raise
+                # The trainer may be what died; the first error is the one to raise.
+                except (CheckpointError, RankDied) as error:
                     logging.getLogger(__name__).error("what came after step %d is lost: %s", self._saved, error)
             raise
         await self._save()

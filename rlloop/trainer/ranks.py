@@ -178,7 +178,8 @@ class Ranks:
                 rank.is_built = True
             return None
 
-        await self._for_each(discard)
+        if any(rank.num_owed for rank in self._ranks):  # seldom: a call need not start tasks to learn that
+            await self._for_each(discard)
 
     async def _first_answer(self) -> Any:
         """Rank 0's answer when all have replied."""
