@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -402,6 +404,10 @@ def test_fast_layer_is_megatrons_layer(
     assert relative(found[0].losses, fast.losses) <= 1e-5
     assert relative(found[0].norms, fast.norms) <= 1e-5
     np.testing.assert_allclose(found[0].logprobs, fast.logprobs, atol=1e-5, rtol=0)
+
+
+def test_what_autograd_would_have_done() -> None:
+    subprocess.run([sys.executable, str(Path(__file__).with_name("layer_checks.py"))], check=True)
 
 
 def test_a_rank_that_dies_ends_the_call_with_its_number(folders: dict[str, Path], samples: list[Sample]) -> None:

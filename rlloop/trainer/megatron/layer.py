@@ -135,15 +135,12 @@ class FastLayer(TransformerLayer):
         x = hidden_states[:, 0]
         x, normed = _Norm.apply(x, None, self.input_layernorm.weight, eps)
         fused = attention.linear_qkv.product(normed)
-        query, key, value = _segment(split_and_rotate, x)(
-            fused,
-            *row.rotation,
-            attention.num_query_groups_per_partition,
-            self.config.kv_channels,
-            getattr(attention.q_layernorm, "weight", None),
-            getattr(attention.k_layernorm, "weight", None),
-            eps,
-        )
+        grouped = fused.view(len(fused), attention.num_query_groups_per_partition, -1, self.config.kv_channels)
+        norms = [getattr(module, "weight", None) for module in (attention.q_layernorm, attention.k_layernorm)]
+        if norms == [None, None]:
+            query, key, value = _SplitAndRotate.apply(grouped, *row.rotation)
+        else:
+            query, key, value = _segment(split_and_rotate, x)(grouped, *row.rotation, *norms, eps)
         attended = attention.core_attention(query, key, value, packed_seq_params=row)
         x, normed = _Norm.apply(x, attention.linear_proj.product(attended), self.pre_mlp_layernorm.weight, eps)
         x = x + mlp.linear_fc2.product(_SwiGLU.apply(mlp.linear_fc1.product(normed)))
@@ -174,17 +171,9 @@ def norm_backward(d_total: Tensor, d_normed: Tensor, total: Tensor, weight: Tens
 
 
 def split_and_rotate(
-    fused: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_groups: int,
-    head_size: int,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    eps: float,
+    grouped: Tensor, cos: Tensor, sin: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Megatron's [T, K * (H / K + 2) * D], by group, -> query [T, H, D], key and value [T, K, D]."""
-    grouped = fused.view(len(fused), num_groups, -1, head_size)
+    """Megatron's [T, K, H / K + 2, D] -> query [T, H, D], key and value [T, K, D]; the weights are those of their norms."""
     query, key, value = grouped[:, :, :-2].flatten(1, 2), grouped[:, :, -2], grouped[:, :, -1]
     if query_weight is not None and key_weight is not None:
         query, key = norm(query, query_weight, eps), norm(key, key_weight, eps)
@@ -199,17 +188,26 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype), rest], dim=-1)
 
 
+def rotate_back(d_rotated: Tensor, cos: Tensor, sin: Tensor, d_first: Tensor, d_second: Tensor) -> None:
+    """The gradient of `_rotate`'s input, its two halves; all [T, ..., D / 2 or D] but cos and sin."""
+    half = cos.shape[-1]
+    shape = (-1, *[1] * (d_rotated.dim() - 2), half)
+    cos, sin = cos.view(shape), sin.view(shape)
+    first, second = d_rotated[..., :half].float(), d_rotated[..., half : 2 * half].float()
+    d_first.copy_(first * cos + second * sin)
+    d_second.copy_(second * cos - first * sin)
+
+
 def swiglu(x: Tensor) -> Tensor:
     """[T, 2F], gate and up, -> [T, F] (Shazeer 2020)."""
     gate, up = x.chunk(2, dim=-1)
     return (F.silu(gate.float()) * up).to(x.dtype)
 
 
-def swiglu_backward(dy: Tensor, x: Tensor, dx: Tensor) -> None:
-    """Into dx: joining its halves with `cat` would compile to a kernel that loads each operand for both of them."""
+def swiglu_backward(dy: Tensor, x: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
+    """Into the halves of dx, given as two tensors: a kernel that writes one, or joins them with `cat`, is up to twice as slow."""
     gate, up = x.float().chunk(2, dim=-1)
     wide = dy.float()
-    d_gate, d_up = dx.chunk(2, dim=-1)
     sigmoid = gate.sigmoid()
     d_gate.copy_(wide * up * sigmoid * (1 + gate * (1 - sigmoid)))
     d_up.copy_(wide * gate * sigmoid)
@@ -236,6 +234,28 @@ class _Norm(torch.autograd.Function):
         return dx, dx if ctx.is_sum else None, None, None
 
 
+class _SplitAndRotate(torch.autograd.Function):
+    """`split_and_rotate` without norms; autograd would put the gradient together from zeros and sums."""
+
+    @staticmethod
+    def forward(ctx: Any, grouped: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _segment(split_and_rotate, grouped)(grouped, cos, sin, None, None, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, d_query: Tensor, d_key: Tensor, d_value: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        half = cos.shape[-1]
+        num_tokens, num_groups, head_size = d_key.shape
+        d_query = d_query.reshape(num_tokens, num_groups, -1, head_size)
+        d_grouped = d_query.new_empty(num_tokens, num_groups, d_query.shape[2] + 2, head_size)
+        for d_rotated, target in ((d_query, d_grouped[:, :, :-2]), (d_key, d_grouped[:, :, -2])):
+            _segment(rotate_back, d_rotated)(d_rotated, cos, sin, target[..., :half], target[..., half : 2 * half])
+            target[..., 2 * half :].copy_(d_rotated[..., 2 * half :])
+        d_grouped[:, :, -1].copy_(d_value)
+        return d_grouped, None, None
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -246,7 +266,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
-        _segment(swiglu_backward, x)(dy, x, dx)
+        _segment(swiglu_backward, x)(dy, x, *dx.chunk(2, dim=-1))
         return dx
 
 

@@ -92,8 +92,8 @@ class MegatronRank:
         with gradient_discarded_on_error(adapter.discard_gradient):
             self._activate(name)
             self._run(samples, columns, on_logprobs, backward=True)
-        self._groups.synchronize()  # only the last stage waits for its metrics, and the first one ends last
         summary = Summary.merge(self._groups.gather(totals.summary() if self._answers else Summary()))
+        self._groups.synchronize()  # only the last stage waits for its metrics, and the first one ends last
         adapter.loss_was_finite &= summary.is_finite
         self._trace.flush()
         seconds = time.perf_counter() - started
