@@ -23,6 +23,7 @@ import argparse
 import re
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -220,6 +221,7 @@ def main() -> None:
                 try:
                     row = anyio.run(measure, kind, folder, shape, arguments.steps, arguments.rows, num_parameters)
                     rows.append(row)
+                    print(f"{name}, {kind}: {row['ms/step']:.1f} ms a step", file=sys.stderr)
                 except Exception as error:
                     report.line(f"{name}, {kind}: {error}")
                     log = folder / f"{kind}.log"
