@@ -53,13 +53,47 @@ def raw_rewards(rewards: ArrayLike) -> Array:
 
 
 def whitened(advantages: ArrayLike, *, eps: float = 1e-8) -> Array:
-    """Advantages [S] of the rollouts of one step -> (a - mean(a)) / (std(a) + eps).
+    """Advantages [S] of the rollouts, or the tokens, of one step -> (a - mean(a)) / (std(a) + eps).
 
     REINFORCE++ (Hu et al. 2025, arXiv 2501.03262, equation 3): one scale for the whole batch, so that a prompt whose rewards
     hardly differ is not weighted up. Advantages that are all equal become 0.
     """
     centred_s = group_centred(advantages)
     return centred_s / (centred_s.std() + eps)
+
+
+def generalised_advantages(
+    rewards: Sequence[ArrayLike], values: Sequence[ArrayLike], *, discount: float, trace_decay: float
+) -> list[Array]:
+    """Rewards and values of the tokens of each sample, [T] each -> their advantages, [T] each.
+
+    A_t = sum over k of (discount * trace_decay)^k * delta_(t + k), delta_t = r_t + discount * V_(t + 1) - V_t, and the value
+    after the last token is 0.
+
+    GAE (Schulman et al. 2016, arXiv 1506.02438, equation 16), where the two are called gamma and lambda. trace_decay 1: the
+    sum of what comes, less the value; 0: one step ahead.
+    """
+    lengths = [len(np.asarray(each)) for each in rewards]
+    # Aligned at their ends, so that one pass from there serves all samples.
+    rewards_st, values_st = (np.zeros((len(lengths), max(lengths, default=0) + 1)) for _ in range(2))
+    for row, length in enumerate(lengths):
+        rewards_st[row, -1 - length : -1] = rewards[row]
+        values_st[row, -1 - length : -1] = values[row]
+    advantages_st = np.zeros_like(rewards_st)
+    for t in range(rewards_st.shape[1] - 2, -1, -1):
+        delta_s = rewards_st[:, t] + discount * values_st[:, t + 1] - values_st[:, t]
+        advantages_st[:, t] = delta_s + discount * trace_decay * advantages_st[:, t + 1]
+    return [row[-1 - length : -1] for row, length in zip(advantages_st, lengths, strict=True)]
+
+
+def explained_variance(values: ArrayLike, returns: ArrayLike) -> float:
+    """Values and what they should be, [N] each -> 1 - var(returns - values) / var(returns); NaN if all returns are equal.
+
+    1: the values are right; 0: as good as a constant; below: worse.
+    """
+    values_n, returns_n = np.asarray(values, np.float64), np.asarray(returns, np.float64)
+    variance = float(returns_n.var())
+    return 1 - float((returns_n - values_n).var()) / variance if variance else float("nan")
 
 
 def overlong_penalties(lengths: ArrayLike, *, max_tokens: int, buffer: float) -> Array:

@@ -112,7 +112,8 @@ def policy_loss(
     what is left is the policy gradient weighted by w, which then also corrects for the age of the sample.
 
     Metrics: those of the surrogate, `mismatch_ratio` (of each token, before any bound), `sampler_kl` (KL of the rollout's
-    policy to the old one), and `kl_ref` where the samples carry `ref_logprobs`. Raises ValueError for a kl_coef without
+    policy to the old one), `update_kl` (of the old policy to the present one) where the samples carry `old_logprobs`, and
+    `kl_ref` where they carry `ref_logprobs`. Raises ValueError for a kl_coef without
     `tokens.ref_logprobs`.
     """
     old_logprobs = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
@@ -127,6 +128,8 @@ def policy_loss(
         "mismatch_ratio": mismatch_ratio(old_logprobs, tokens.rollout_logprobs),
         "sampler_kl": kl_k3(tokens.rollout_logprobs, old_logprobs),
     }
+    if tokens.old_logprobs is not None:
+        metrics["update_kl"] = kl_k3(old_logprobs, logprobs)
     if tokens.ref_logprobs is not None:
         metrics["kl_ref"] = kl_k3(logprobs, tokens.ref_logprobs)
         token_loss = token_loss + kl_coef * kl_penalty(logprobs, proximal_logprobs, tokens.ref_logprobs, kl_estimator)
@@ -134,6 +137,28 @@ def policy_loss(
         raise ValueError(f"kl_coef={kl_coef} needs the base's logprobs, but the samples carry no ref_logprobs")
     loss = (tokens.loss_weights * token_loss).sum()
     return loss, {name: metric.detach().to(logprobs.dtype) for name, metric in metrics.items()}
+
+
+def value_loss(values: Tensor, tokens: TokenBatch, *, clip: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of a value adapter: the sum of loss_weights * (V - R)^2 / 2, values and `tokens.returns` [N].
+
+    With `clip` each square is the greater one of that and of the value held within `clip` of `tokens.old_values`, so that one
+    batch cannot move a value far (as in PPO's first implementation, OpenAI baselines, ppo2). Metrics: `value`, and
+    `value_clip_frac`, 1 where that took the gradient away.
+
+    Raises ValueError when the samples carry no returns, or no old values to clip at.
+    """
+    if tokens.returns is None or (clip is not None and tokens.old_values is None):
+        raise ValueError("a value loss needs samples with `returns`, and with `old_values` to clip at")
+    squares = (values - tokens.returns).square()
+    metrics = {"value": values}
+    if clip is not None:
+        old_values = tokens.old_values
+        held = old_values + (values - old_values).clamp(-clip, clip)
+        held_squares = (held - tokens.returns).square()
+        metrics["value_clip_frac"] = (held_squares > squares).to(values.dtype)
+        squares = torch.max(squares, held_squares)
+    return (tokens.loss_weights * squares).sum() / 2, {name: metric.detach() for name, metric in metrics.items()}
 
 
 def kl_penalty(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, estimator: KlEstimator) -> Tensor:

@@ -6,9 +6,11 @@ import gc
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
@@ -34,7 +36,7 @@ from rlloop.run_directory import RunDirectory, open_run_directory
 from rlloop.signals import stop_on_signals
 from rlloop.staleness import Backlog
 from rlloop.tracking import Trackers, open_trackers
-from rlloop.trainer import Trainer
+from rlloop.trainer import Head, Trainer
 from rlloop.types import Group, LoraConfig, Metrics, Prompt
 
 Update: TypeAlias = Callable[[Trainer, list[Group]], Awaitable[Metrics]]
@@ -42,6 +44,9 @@ Update: TypeAlias = Callable[[Trainer, list[Group]], Awaitable[Metrics]]
 
 POLICY = "policy"
 """The adapter whose versions the engine serves."""
+
+Adapters: TypeAlias = Mapping[str, tuple[LoraConfig, Head]]
+"""By name."""
 
 SettingsT = TypeVar("SettingsT", bound=RunSettings)
 
@@ -65,6 +70,8 @@ class Run:
     totals: Metrics
     """Of the run so far; see `StepMetrics.totals`."""
     fingerprint: str
+    adapters: tuple[str, ...]
+    """All that are saved."""
 
     async def train(self, update: Update) -> None:
         """Run the loop to its last step. A checkpoint is written every so often, and at the end however it comes."""
@@ -149,19 +156,24 @@ class Run:
             await write_checkpoint(
                 self.directory.path,
                 version,
-                lambda folder: self.trainer.save(POLICY, folder),
+                self._save_adapters,
                 self.ledger.state(),
                 meta,
                 keep=self.settings.checkpoint.keep,
             )
         self._saved = version
 
+    async def _save_adapters(self, folder: Path) -> None:
+        for name in self.adapters:
+            await self.trainer.save(name, _adapter_folder(folder, name))
+
 
 @asynccontextmanager
-async def open_run(settings: RunSettings, marker: str) -> AsyncIterator[Run]:
+async def open_run(settings: RunSettings, marker: str, adapters: Adapters | None = None) -> AsyncIterator[Run]:
     """Start engine, trainer and all the rest; on leaving, end them.
 
-    `marker` is that of `rlloop.processes.guard`. Raises RlloopError for anything that the user can mend.
+    `marker` is that of `rlloop.processes.guard`; `adapters` are created, saved and resumed beside `POLICY`. Raises
+    RlloopError for anything that the user can mend.
     """
     # First what needs no run directory: a typo leaves none behind.
     placement = place(settings)
@@ -188,7 +200,10 @@ async def open_run(settings: RunSettings, marker: str) -> AsyncIterator[Run]:
 
         tracker.status(f"starting vLLM and the trainer {placement}")
         tokenizer = await to_thread.run_sync(_load_tokenizer, model)
-        engine, trainer = await _start(stack, settings, model, placement, directory, marker, events, checkpoint)
+        policy: tuple[LoraConfig, Head] = LoraConfig(**dict(settings.lora), seed=settings.seed), "policy"
+        all_adapters = {POLICY: policy, **(adapters or {})}
+        prepare = partial(create_adapters, adapters=all_adapters, checkpoint=checkpoint)
+        engine, trainer = await _start(stack, settings, model, placement, directory, marker, events, prepare)
         refit = Refit(trainer, engine, POLICY, settings.num_versions, events)
         tracker.status("waiting for the first rollouts")
         yield Run(
@@ -206,6 +221,7 @@ async def open_run(settings: RunSettings, marker: str) -> AsyncIterator[Run]:
             first_step=checkpoint.step if checkpoint else 0,
             totals=checkpoint.manifest["totals"] if checkpoint else {},
             fingerprint=tasks_fingerprint,
+            adapters=tuple(all_adapters),
         )
 
 
@@ -217,9 +233,9 @@ async def _start(
     directory: RunDirectory,
     marker: str,
     events: Events,
-    checkpoint: Checkpoint | None,
+    prepare: Callable[[Trainer], Coroutine[Any, Any, None]],
 ) -> tuple[Engine, Trainer]:
-    """Engine and trainer, started side by side."""
+    """Engine and trainer, started and prepared side by side."""
     from rlloop.engine.vllm import start_vllm
     from rlloop.refit.transports import DiskWriter, MemoryWriter
     from rlloop.trainer.kinds import trainer_class
@@ -242,13 +258,8 @@ async def _start(
         )
     )
 
-    async def prepare_trainer() -> None:
-        await trainer.create_adapter(POLICY, LoraConfig(**dict(settings.lora), seed=settings.seed))
-        if checkpoint is not None:
-            await trainer.load(POLICY, checkpoint.folder)
-
     async with create_task_group() as tasks:
-        tasks.start_soon(prepare_trainer)
+        tasks.start_soon(prepare, trainer)
         engine = await stack.enter_async_context(
             start_vllm(
                 model,
@@ -261,6 +272,18 @@ async def _start(
             )
         )
     return engine, trainer
+
+
+async def create_adapters(trainer: Trainer, adapters: Adapters, checkpoint: Checkpoint | None) -> None:
+    """With the weights that they have in the checkpoint."""
+    for name, (lora, head) in adapters.items():
+        await trainer.create_adapter(name, lora, head)
+        if checkpoint is not None:
+            await trainer.load(name, _adapter_folder(checkpoint.folder, name))
+
+
+def _adapter_folder(checkpoint: Path, name: str) -> Path:
+    return checkpoint if name == POLICY else checkpoint / name
 
 
 def _open_ledger(settings: RunSettings, environment: Environment, checkpoint: Checkpoint | None) -> tuple[Ledger, str]:

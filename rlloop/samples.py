@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlloop.advantages import overlong_penalties, raw_rewards, token_weights, whitened
+from rlloop.advantages import generalised_advantages, overlong_penalties, raw_rewards, token_weights, whitened
 from rlloop.trainer import Trainer
-from rlloop.types import Group, Rollout, Sample
+from rlloop.types import FloatArray, Group, Rollout, Sample
 
 Advantages: TypeAlias = Callable[[Sequence[float]], NDArray[np.float64]]
 """Rewards [G] of one prompt -> advantages [G]; see `rlloop.advantages`."""
@@ -108,6 +108,74 @@ async def with_old_logprobs(trainer: Trainer, adapter: str, samples: Sequence[Sa
     """Add the trainer's logprobs before the update, by a forward pass."""
     found = await trainer.logprobs(adapter, samples)
     return [replace(sample, old_logprobs=logprobs) for sample, logprobs in zip(samples, found, strict=True)]
+
+
+async def with_values(trainer: Trainer, adapter: str, samples: Sequence[Sample]) -> list[Sample]:
+    """Add the values of a value adapter before its update, by a forward pass."""
+    found = await trainer.values(adapter, samples)
+    return [replace(sample, old_values=values) for sample, values in zip(samples, found, strict=True)]
+
+
+def with_critics_credit(
+    samples: Sequence[Sample], *, discount: float, trace_decay: float, kl_coef: float = 0.0, whiten: bool = True
+) -> list[Sample]:
+    """From a rollout's reward, which `advantages` holds, and `old_values`: advantages of each token, and `returns`.
+
+    The reward comes with the last token; with `kl_coef`, each token's is lowered by kl_coef * (rollout_logprobs -
+    ref_logprobs). Between two turns no time passes. See `rlloop.advantages.generalised_advantages`; returns are the
+    advantages, before they are whitened over all tokens, plus the values.
+    """
+    rewards, values = [], []
+    for sample in samples:
+        mask = sample.loss_mask
+        reward = np.zeros(int(mask.sum()))
+        reward[-1] = sample.advantages[mask][-1]
+        if kl_coef:
+            assert sample.ref_logprobs is not None
+            reward -= kl_coef * (sample.rollout_logprobs - sample.ref_logprobs)[mask]
+        assert sample.old_values is not None
+        rewards.append(reward)
+        values.append(sample.old_values[mask])
+    found = generalised_advantages(rewards, values, discount=discount, trace_decay=trace_decay)
+    returns = [advantages + value for advantages, value in zip(found, values, strict=True)]
+    if whiten:
+        found = np.split(whitened(np.concatenate(found)), np.cumsum([len(each) for each in found])[:-1])
+    return [
+        replace(sample, advantages=_spread(advantages, sample), returns=_spread(returned, sample))
+        for sample, advantages, returned in zip(samples, found, returns, strict=True)
+    ]
+
+
+def _spread(values: NDArray[np.float64], sample: Sample) -> FloatArray:
+    """Of the tokens that carry loss -> of all, [T]."""
+    found = np.zeros(len(sample.tokens), np.float32)
+    found[sample.loss_mask] = values
+    return found
+
+
+def minibatches(
+    samples: Sequence[Sample], num_epochs: int, num_minibatches: int, seed: Sequence[int]
+) -> Iterator[list[Sample]]:
+    """`num_epochs` times all samples, in `num_minibatches` parts drawn anew each time, whose weights sum to the whole's.
+
+    Samples of one prompt stay together, for they share its computation; there are no more parts than prompts.
+    """
+    generator = np.random.default_rng(seed)
+    by_prompt: dict[int, list[Sample]] = {}
+    for sample in samples:
+        by_prompt.setdefault(sample.prompt_id, []).append(sample)
+    prompts = list(by_prompt)
+    whole = _sum_of_weights(samples)
+    for _ in range(num_epochs):
+        order = generator.permutation(len(prompts))
+        for part in np.array_split(order, min(num_minibatches, len(prompts))):
+            chosen = [sample for index in part for sample in by_prompt[prompts[index]]]
+            scale = np.float32(whole / _sum_of_weights(chosen))
+            yield [replace(sample, loss_weights=sample.loss_weights * scale) for sample in chosen]
+
+
+def _sum_of_weights(samples: Sequence[Sample]) -> float:
+    return float(sum(sample.loss_weights[sample.loss_mask].sum(dtype=np.float64) for sample in samples))
 
 
 async def with_ref_logprobs(trainer: Trainer, samples: Sequence[Sample]) -> list[Sample]:

@@ -118,6 +118,10 @@ class Sample:
     """Samples with equal ids may share the computation of the tokens before their first `loss_mask`."""
     old_logprobs: FloatArray | None = None
     ref_logprobs: FloatArray | None = None
+    old_values: FloatArray | None = None
+    """A value adapter's, before the update."""
+    returns: FloatArray | None = None
+    """What its values should be."""
 
 
 @dataclass(frozen=True, slots=True)

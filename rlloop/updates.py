@@ -9,7 +9,7 @@ from time import monotonic
 from anyio import CancelScope
 
 from rlloop.trainer import Loss, Trainer
-from rlloop.types import AdamConfig, Metrics, Sample
+from rlloop.types import AdamConfig, Metrics, OptimResult, Sample
 
 PER_TOKEN = {
     "policy/entropy": "entropy/mean",
@@ -22,6 +22,8 @@ PER_TOKEN = {
     "policy/mismatch_ratio_max": "mismatch_ratio/max",
 }
 """Documented metric -> what a trainer made of the loss's per-token metrics."""
+_MULTISTEP = {"policy/update_kl": "update_kl/mean"}
+"""Likewise, only where a batch is used for several steps."""
 
 
 HIGH_SAMPLER_KL = 0.01
@@ -44,16 +46,10 @@ async def optimizer_step(
     """forward_backward over all samples, then optim_step: the last await, and not cancelled. Without samples, no step."""
     if not samples:  # every group got the same reward throughout: there is nothing to learn from
         return {"optim/skipped_steps": 1.0, "optim/lr": adam.lr}
-    started = monotonic()
-    found = await trainer.forward_backward(adapter, samples, loss)
-    stepped = monotonic()
-    # Once sent it is made: the ledger must hear of it, or a resume trains the groups again.
-    with CancelScope(shield=True):
-        result = await trainer.optim_step(adapter, adam)
-    seconds = stepped - started
+    found, result, seconds, step_seconds = await _step(trainer, adapter, samples, loss, adam)
     return {
         "loss/policy": found["loss"],
-        **{name: found[source] for name, source in PER_TOKEN.items() if source in found},
+        **{name: found[source] for name, source in (PER_TOKEN | _MULTISTEP).items() if source in found},
         "optim/grad_norm": result.grad_norm,
         "optim/lr": adam.lr,
         "optim/skipped_steps": float(result.skipped),
@@ -62,5 +58,48 @@ async def optimizer_step(
         "perf/train_tokens_per_second": sum(len(sample.tokens) for sample in samples) / seconds,
         "progress/tokens_trained": found["num_tokens"],
         "time/forward_backward": seconds,
-        "time/optimizer": monotonic() - stepped,
+        "time/optimizer": step_seconds,
     }
+
+
+async def value_step(
+    trainer: Trainer, adapter: str, samples: Sequence[Sample], loss: Loss, adam: AdamConfig
+) -> Metrics:
+    """As `optimizer_step`, of a value adapter; the samples are those of a policy's step, which counts them."""
+    found, result, seconds, step_seconds = await _step(trainer, adapter, samples, loss, adam)
+    clip_frac = {"value/clip_frac": found["value_clip_frac/mean"]} if "value_clip_frac/mean" in found else {}
+    return {
+        "loss/value": found["loss"],
+        **clip_frac,
+        "value/grad_norm": result.grad_norm,
+        "value/nonfinite_steps": float(result.skipped),
+        "time/value": seconds + step_seconds,
+    }
+
+
+async def _step(
+    trainer: Trainer, adapter: str, samples: Sequence[Sample], loss: Loss, adam: AdamConfig
+) -> tuple[Metrics, OptimResult, float, float]:
+    """-> what forward_backward and optim_step found, and the seconds of each."""
+    started = monotonic()
+    found = await trainer.forward_backward(adapter, samples, loss)
+    stepped = monotonic()
+    # Once sent it is made: the ledger must hear of it, or a resume trains the groups again.
+    with CancelScope(shield=True):
+        result = await trainer.optim_step(adapter, adam)
+    return found, result, stepped - started, monotonic() - stepped
+
+
+_SUMMED = ("optim/skipped_steps", "optim/nonfinite_steps", "value/nonfinite_steps", "progress/tokens_trained")
+
+
+def merged(steps: Sequence[Metrics]) -> Metrics:
+    """Of several optimizer steps on one batch: counts and times are summed, `_max` is the greatest, the rest is averaged."""
+    found: Metrics = {}
+    for name in dict.fromkeys(name for step in steps for name in step):
+        values = [step[name] for step in steps if name in step]
+        if name in _SUMMED or name.startswith("time/"):
+            found[name] = sum(values)
+        else:
+            found[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    return found

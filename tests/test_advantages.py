@@ -1,10 +1,16 @@
 """Against numbers worked out by hand; tests/test_losses.py compares the same functions with TRL."""
 
+import math
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlloop.advantages import (
     constant_weights,
+    explained_variance,
+    generalised_advantages,
     group_centred,
     group_normalised,
     leave_one_out,
@@ -69,3 +75,50 @@ def test_overlong_penalties_fall_over_the_buffer() -> None:
 def test_constant_weights_depend_on_no_length() -> None:
     assert constant_weights([1, 7], max_tokens=10).tolist() == [0.05, 0.05]
     assert constant_weights([], max_tokens=10).tolist() == []
+
+
+def test_generalised_advantages_by_hand() -> None:
+    # delta_2 = 1 - 0.5; delta_1 = 0.8 * 0.5 - 0.25; delta_0 = 0.8 * 0.25 - 0.1; each plus 0.8 * 0.5 of the next advantage
+    second, first, one = 0.5, 0.15 + 0.4 * 0.5, -0.6
+    found = generalised_advantages([[0, 0, 1], [-0.5]], [[0.1, 0.25, 0.5], [0.1]], discount=0.8, trace_decay=0.5)
+    np.testing.assert_allclose(found[0], [0.1 + 0.4 * first, first, second], atol=1e-12)
+    np.testing.assert_allclose(found[1], [one], atol=1e-12)
+
+
+NUMBERS = st.floats(-3, 3)
+
+
+@given(
+    st.lists(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=7), min_size=1, max_size=4),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_generalised_advantages_are_the_sum(
+    tokens: list[list[tuple[float, float]]], discount: float, trace_decay: float
+) -> None:
+    rewards, values = ([[pair[i] for pair in each] for each in tokens] for i in (0, 1))
+    found = generalised_advantages(rewards, values, discount=discount, trace_decay=trace_decay)
+    for r, v, advantages in zip(rewards, values, found, strict=True):
+        after = [*v[1:], 0.0]
+        deltas = [r[t] + discount * after[t] - v[t] for t in range(len(r))]
+        for t, advantage in enumerate(advantages):
+            expected = sum((discount * trace_decay) ** (k - t) * deltas[k] for k in range(t, len(r)))
+            assert advantage == pytest.approx(expected, abs=1e-9)
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=7), st.floats(0, 1))
+def test_without_decay_returns_are_the_discounted_sum_of_rewards(
+    tokens: list[tuple[float, float]], discount: float
+) -> None:
+    rewards, values = zip(*tokens, strict=True)
+    (advantages,) = generalised_advantages([rewards], [values], discount=discount, trace_decay=1.0)
+    for t in range(len(rewards)):
+        expected = sum(discount ** (k - t) * rewards[k] for k in range(t, len(rewards)))
+        assert advantages[t] + values[t] == pytest.approx(expected, abs=1e-9)
+
+
+def test_explained_variance() -> None:
+    assert explained_variance([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == 1
+    assert explained_variance([2.0, 2.0, 2.0], [1.0, 2.0, 3.0]) == 0
+    assert explained_variance([3.0, 2.0, 1.0], [1.0, 2.0, 3.0]) == -3  # residuals -2, 0, 2
+    assert math.isnan(explained_variance([1.0, 2.0], [0.5, 0.5]))

@@ -21,6 +21,7 @@ from rlloop.losses import (
     kl_penalty,
     policy_loss,
     sequence_clipped,
+    value_loss,
 )
 from rlloop.plugins import load_object
 from rlloop.trainer import TokenBatch
@@ -35,6 +36,8 @@ def batch(advantages: Tensor, rollout_logprobs: Tensor, **fields: Tensor | None)
         "loss_weights": torch.ones_like(advantages),
         "old_logprobs": None,
         "ref_logprobs": None,
+        "old_values": None,
+        "returns": None,
         "sample_index": torch.zeros(len(advantages), dtype=torch.int64),
         "entropy": torch.zeros_like(advantages),
     }
@@ -388,3 +391,47 @@ def test_advantages_equal_trl(build_trl: Any) -> None:
     theirs = trl_batch(build_trl("grpo"), moved=False)["advantages"]
     ours = np.concatenate([group_normalised(REWARDS[:GROUP]), group_normalised(REWARDS[GROUP:])])
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+VALUES = float64(0.5, 0.5, -1.0, 2.0)
+RETURNS = float64(1.0, 0.0, -1.0, 1.0)
+OLD_VALUES = float64(0.0, 0.4, -0.5, 1.9)
+
+
+def value_batch(**fields: Tensor | None) -> TokenBatch:
+    weights = float64(0.1, 0.2, 0.3, 0.4)
+    return batch(torch.zeros_like(VALUES), torch.zeros_like(VALUES), loss_weights=weights, entropy=None, **fields)
+
+
+def test_value_loss_by_hand() -> None:
+    loss, metrics = value_loss(VALUES, value_batch(returns=RETURNS))
+    assert loss.item() == pytest.approx((0.1 * 0.25 + 0.2 * 0.25 + 0 + 0.4 * 1) / 2, abs=1e-12)
+    assert metrics.keys() == {"value"}
+
+
+def test_value_loss_holds_values_near_the_old_ones() -> None:
+    loss, metrics = value_loss(VALUES, value_batch(returns=RETURNS, old_values=OLD_VALUES), clip=0.2)
+    # Held: 0.2, 0.5, -0.7, 2.0. Their squares: 0.64 (more than 0.25), 0.25, 0.09 (more than 0), 1.
+    assert loss.item() == pytest.approx((0.1 * 0.64 + 0.2 * 0.25 + 0.3 * 0.09 + 0.4 * 1) / 2, abs=1e-12)
+    assert metrics["value_clip_frac"].tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_value_loss_gradient_by_finite_differences(clip: float | None) -> None:
+    tokens = value_batch(returns=RETURNS, old_values=OLD_VALUES)
+    values = (VALUES + 0.01).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: value_loss(v, tokens, clip=clip)[0], values)
+
+
+def test_value_loss_says_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="returns"):
+        value_loss(VALUES, value_batch(old_values=OLD_VALUES))
+    with pytest.raises(ValueError, match="old_values"):
+        value_loss(VALUES, value_batch(returns=RETURNS), clip=0.2)
+
+
+def test_update_kl_is_of_the_old_policy_to_the_new_one() -> None:
+    _, metrics = policy_loss(NEW, batch(ADVANTAGES, OLD, old_logprobs=OLD))
+    ratio = (NEW - OLD).exp()
+    torch.testing.assert_close(metrics["update_kl"], ratio - 1 - ratio.log())
+    assert "update_kl" not in policy_loss(NEW, batch(ADVANTAGES, OLD))[1]

@@ -7,8 +7,8 @@ import os
 import signal
 import tempfile
 import traceback
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,12 @@ import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rlloop.algorithms import ppo
 
 from rlloop import checkpoint as checkpoints
 from rlloop.advantages import group_centred, token_weights
 from rlloop.checkpoint import newest_checkpoint
-from rlloop.config import RunSettings
+from rlloop.config import RunSettings, SettingsT
 from rlloop.engine.fake import FakeEngine
 from rlloop.environment import Policy, Trajectory
 from rlloop.errors import BadEnvironmentError, CheckpointError, EngineError, Stopped, TrainerError
@@ -30,12 +31,13 @@ from rlloop.events import Events
 from rlloop.ledger import Ledger
 from rlloop.refit.publisher import Refit
 from rlloop.rewards import Scorer
-from rlloop.run import POLICY, Run, _first, run
+from rlloop.run import POLICY, Adapters, Run, _first, create_adapters, run
 from rlloop.run_directory import open_run_directory
 from rlloop.samples import make_samples
 from rlloop.signals import stop_on_signals
 from rlloop.tracking import Trackers, jsonl
 from rlloop.tracking.files import Files, read_metrics
+from rlloop.trainer import Loss
 from rlloop.trainer.fake import FakeTrainer
 from rlloop.types import (
     AdamConfig,
@@ -49,6 +51,7 @@ from rlloop.types import (
     OptimResult,
     RefitReport,
     Rollout,
+    Sample,
 )
 from rlloop.updates import optimizer_step
 
@@ -92,9 +95,10 @@ class Scores:
 
 
 class Engine(FakeEngine):
-    def __init__(self, moment: Moment) -> None:
+    def __init__(self, moment: Moment, steps_per_version: int) -> None:
         super().__init__(delay=self._wait)
         self._moment = moment
+        self._steps_per_version = steps_per_version
 
     async def _wait(self, request: GenerationRequest) -> None:
         await anyio.sleep((request.seed or 0) % 5 / 2000)
@@ -105,25 +109,28 @@ class Engine(FakeEngine):
         return completions
 
     async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
-        assert ticket.digest == f"fake-{version}", "the weights are not those of the version"
+        assert ticket.digest == f"fake-{version * self._steps_per_version}", "the weights are not those of the version"
         self._moment()
         return await super().publish(version, ticket)
 
 
 class Trainer(FakeTrainer):
-    """Its weights are the prompts that they were trained on."""
+    """An adapter's weights are the prompts that it was trained on."""
 
     def __init__(self, moment: Moment) -> None:
         super().__init__()
         self._moment = moment
-        self.weights: list[int] = []
+        self.weights: defaultdict[str, list[int]] = defaultdict(list)
+
+    async def forward_backward(self, name: str, samples: Sequence[Sample], loss: Loss) -> Metrics:
+        self.prompt_ids = []
+        return await super().forward_backward(name, samples, loss)
 
     async def optim_step(self, name: str, adam: AdamConfig) -> OptimResult:
         self._moment()
         # What a rank was told it does, whether or not anybody still waits for the answer.
         result = await super().optim_step(name, adam)
-        self.weights += self.prompt_ids
-        self.prompt_ids = []
+        self.weights[name] += self.prompt_ids
         await anyio.sleep(0.002)
         self._moment()
         return result
@@ -131,11 +138,11 @@ class Trainer(FakeTrainer):
     async def save(self, name: str, folder: Path) -> None:
         await super().save(name, folder)
         self._moment()
-        (folder / "state" / "weights.json").write_text(json.dumps(self.weights))
+        (folder / "state" / "weights.json").write_text(json.dumps(self.weights[name]))
 
     async def load(self, name: str, folder: Path) -> None:
         await super().load(name, folder)
-        self.weights = json.loads((folder / "state" / "weights.json").read_text())
+        self.weights[name] = json.loads((folder / "state" / "weights.json").read_text())
 
 
 @asynccontextmanager
@@ -145,11 +152,15 @@ async def open_fake_run(config: RunSettings, scorer: Any = None, moment: Moment 
         checkpoint = newest_checkpoint(directory.path) if config.resume else None
         identity = (NUM_TASKS, config.seed, "fingerprint")
         ledger = Ledger.restore(checkpoint.ledger, *identity) if checkpoint else Ledger(*identity)
-        engine, trainer, events = Engine(moment), Trainer(moment), Events(directory.path / "events.jsonl")
+        steps_per_version = config.num_epochs * config.num_minibatches if isinstance(config, ppo.Config) else 1
+        engine, trainer, events = (
+            Engine(moment, steps_per_version),
+            Trainer(moment),
+            Events(directory.path / "events.jsonl"),
+        )
         tracker = Trackers({"files": Files(directory.path, directory.attempt)}, lambda text: None)
-        await trainer.create_adapter(POLICY, LoraConfig())
-        if checkpoint:
-            await trainer.load(POLICY, checkpoint.folder)
+        adapters: Adapters = {POLICY: (LoraConfig(), "policy"), ppo.CRITIC: (LoraConfig(), "value")}
+        await create_adapters(trainer, adapters, checkpoint)
         try:
             yield Run(
                 settings=config,
@@ -166,6 +177,7 @@ async def open_fake_run(config: RunSettings, scorer: Any = None, moment: Moment 
                 first_step=checkpoint.step if checkpoint else 0,
                 totals=checkpoint.manifest["totals"] if checkpoint else {},
                 fingerprint="fingerprint",
+                adapters=tuple(adapters),
             )
         finally:
             tracker.close()
@@ -177,15 +189,15 @@ async def update(trainer: Any, groups: list[Group]) -> Metrics:
     return await optimizer_step(trainer, POLICY, samples, None, AdamConfig(lr=1.0))  # type: ignore[arg-type]
 
 
-def make_settings(run_dir: Path, **changes: Any) -> RunSettings:
+def make_settings(run_dir: Path, kind: type[SettingsT] = RunSettings, **changes: Any) -> SettingsT:
     fixed = {"groups_per_step": 2, "group_size": 2, "num_steps": 6, "max_staleness": 1, "on_stale": "wait"}
-    return RunSettings(run_dir=run_dir, env="arithmetic", **{**fixed, **changes})
+    return kind(run_dir=run_dir, env="arithmetic", **{**fixed, **changes})
 
 
 def train(config: RunSettings, moment: Moment = nothing, scorer: Any = None) -> None:
     async def main() -> None:
         async with stop_on_signals(), open_fake_run(config, scorer, moment) as fake:
-            await fake.train(update)
+            await fake.train(partial(ppo.update, config=config) if isinstance(config, ppo.Config) else update)
 
     anyio.run(main)
 
@@ -233,13 +245,16 @@ def attempt(config: RunSettings, number: signal.Signals, at: int) -> int:
     ),
     every=st.integers(1, 4),
     max_staleness=st.integers(0, 2),
+    num_epochs=st.integers(0, 2),
 )
 def test_every_prompt_is_trained_exactly_once_whenever_the_run_is_ended(
-    ends: list[tuple[signal.Signals, int]], every: int, max_staleness: int
+    ends: list[tuple[signal.Signals, int]], every: int, max_staleness: int, num_epochs: int
 ) -> None:
+    """By one optimizer step a batch, or in minibatches, with a critic."""
+    several: dict[str, Any] = {"kind": ppo.Config, "num_epochs": num_epochs, "num_minibatches": 2} if num_epochs else {}
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        config = make_settings(run_dir, max_staleness=max_staleness, checkpoint={"every": every})
+        config = make_settings(run_dir, max_staleness=max_staleness, checkpoint={"every": every}, **several)
         done = False
         for number, at in ends:
             status = attempt(config, number, at)
@@ -254,10 +269,12 @@ def test_every_prompt_is_trained_exactly_once_whenever_the_run_is_ended(
         final = newest_checkpoint(run_dir)
         assert final is not None
         assert final.step == 6
-        trained = Counter(json.loads((final.folder / "state" / "weights.json").read_text()))
-        # Of the weights that came out of it, so a step that was lost with its attempt does not count.
-        assert trained == dict.fromkeys(range(12), 2), "2 samples of each of the 12 prompts"
-        assert json.loads((final.folder / "state" / "fake.json").read_text())["steps"] == 6
+        for state in ("state", "critic/state")[: 2 if num_epochs else 1]:
+            trained = Counter(json.loads((final.folder / state / "weights.json").read_text()))
+            # Of the weights that came out of it, so a step that was lost with its attempt does not count.
+            assert trained == dict.fromkeys(range(12), 2 * max(1, num_epochs)), "2 samples of each of the 12 prompts"
+            steps = 6 * max(1, 2 * num_epochs)
+            assert json.loads((final.folder / state / "fake.json").read_text())["steps"] == steps
         assert final.ledger["counts"]["trained"] == final.ledger["low_water"] == 12
         epochs = [
             sorted(Ledger(NUM_TASKS, 0, "")._index(ordinal) for ordinal in range(first, first + 5)) for first in (0, 5)

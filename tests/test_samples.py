@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -5,9 +6,11 @@ import anyio
 import numpy as np
 import pytest
 
-from rlloop.advantages import group_centred, sequence_weights, token_weights
+from rlloop.advantages import group_centred, raw_rewards, sequence_weights, token_weights
 from rlloop.samples import (
     make_samples,
+    minibatches,
+    with_critics_credit,
     with_kl_penalty,
     with_old_logprobs,
     with_overlong_penalty,
@@ -92,3 +95,47 @@ def test_old_and_reference_logprobs_are_those_of_adapter_and_base() -> None:
     [first, *_] = anyio.run(with_ref_logprobs, trainer, samples)
     assert first.ref_logprobs is not None
     assert (first.old_logprobs, first.ref_logprobs.tolist()) == (None, [0, 0, -5.0])
+
+
+def with_old_values(samples: list[Sample], *values: list[float]) -> list[Sample]:
+    return [
+        replace(sample, old_values=np.concatenate([np.full(len(sample.tokens) - len(each), 9.0), each]))
+        for sample, each in zip(samples, values, strict=True)
+    ]
+
+
+def test_critics_credit_by_hand() -> None:
+    """What lies before the first sampled token counts nowhere."""
+    samples = make_samples([group(1, (rollout(2, 1), rollout(2, 2)), (1.0, 0.5))], raw_rewards, token_weights)
+    samples = with_old_values(samples, [0.25], [0.0, 0.75])
+    samples = [replace(s, ref_logprobs=np.where(s.loss_mask, -2.5, 0).astype(np.float32)) for s in samples]
+    found = with_critics_credit(samples, discount=1.0, trace_decay=0.5, kl_coef=0.1, whiten=False)
+    # Each token's reward is lowered by 0.1 * (-2 + 2.5). Deltas: 0.95 - 0.25; 0.45 - 0.75, and -0.05 + 0.75.
+    np.testing.assert_allclose(found[0].advantages, [0, 0, 0.7], atol=1e-6)
+    np.testing.assert_allclose(found[1].advantages, [0, 0, 0.7 - 0.5 * 0.3, -0.3], atol=1e-6)
+    np.testing.assert_allclose(found[0].returns, [0, 0, 0.95], atol=1e-6)
+    np.testing.assert_allclose(found[1].returns, [0, 0, 0.55, 0.45], atol=1e-6)
+    whitened = with_critics_credit(samples, discount=1.0, trace_decay=0.5, kl_coef=0.1)
+    credit = np.concatenate([sample.advantages[sample.loss_mask] for sample in whitened])
+    assert (credit.mean(), credit.std()) == pytest.approx((0, 1), abs=1e-6)
+    for plain, white in zip(found, whitened, strict=True):
+        np.testing.assert_array_equal(plain.returns, white.returns)
+
+
+def test_minibatches_use_every_sample_in_every_epoch_and_keep_prompts_together() -> None:
+    groups = [group(ordinal, (rollout(1, 1 + ordinal), rollout(1, 2)), (1.0, 0.0)) for ordinal in range(5)]
+    samples = make_samples(groups, group_centred, token_weights)
+    parts = list(minibatches(samples, 2, 3, [0, 7]))
+    assert len(parts) == 6
+    orders = []
+    for epoch in (parts[:3], parts[3:]):
+        prompts = [sorted({sample.prompt_id for sample in part}) for part in epoch]
+        assert sorted(itertools.chain(*prompts)) == [0, 1, 2, 3, 4]
+        assert sum(map(len, epoch)) == len(samples)
+        orders.append(prompts)
+    assert orders[0] != orders[1]
+    for part in parts:
+        assert sum(float(s.loss_weights[s.loss_mask].sum()) for s in part) == pytest.approx(1)
+    assert [len(part) for part in minibatches(samples, 1, 99, [0])] == [2] * 5
+    again = list(minibatches(samples, 2, 3, [0, 7]))
+    assert [[s.prompt_id for s in part] for part in again] == [[s.prompt_id for s in part] for part in parts]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rlloop.types import AdamConfig, Metrics, OptimResult, Sample
-from rlloop.updates import PER_TOKEN, optimizer_step, warn_if_stale
+from rlloop.updates import PER_TOKEN, merged, optimizer_step, value_step, warn_if_stale
 
 ADAM = AdamConfig(lr=0.25)
 
@@ -95,3 +95,22 @@ def test_samples_that_nothing_corrects_are_warned_of(caplog: pytest.LogCaptureFi
     assert not caplog.records
     warn_if_stale({"policy/sampler_kl_mean": 0.2})
     assert "samples were 0.2 nats a token from the trainer's policy" in caplog.text
+
+
+@pytest.mark.anyio
+async def test_a_value_step_reports_beside_the_policys(anyio_backend: str) -> None:
+    trainer = Trainer()
+    metrics = await value_step(trainer, "critic", samples(), None, ADAM)  # type: ignore[arg-type]
+    assert trainer.log == ["forward_backward critic 2", "optim_step critic 0.25", "answered"]
+    assert (metrics["loss/value"], metrics["value/grad_norm"], metrics["value/nonfinite_steps"]) == (2.0, 3.0, 0.0)
+    assert not metrics.keys() & (await step(trainer, samples())).keys()
+
+
+def test_merged_steps() -> None:
+    steps = [
+        {"loss/policy": 1.0, "optim/skipped_steps": 1.0, "time/optimizer": 0.25, "policy/sampler_kl_max": 0.5},
+        {"loss/policy": 2.0, "optim/skipped_steps": 1.0, "time/optimizer": 0.5, "policy/sampler_kl_max": 0.25},
+    ]
+    expected = {"loss/policy": 1.5, "optim/skipped_steps": 2.0, "time/optimizer": 0.75, "policy/sampler_kl_max": 0.5}
+    assert merged(steps) == expected
+    assert merged([{"value/mean": 3.0}, *steps]) == {"value/mean": 3.0, **expected}

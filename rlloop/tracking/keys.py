@@ -111,6 +111,18 @@ DOCUMENTED: dict[str, Metric] = {
 """In every line of metrics.jsonl."""
 
 OPTIONAL: dict[str, Metric] = {
+    "loss/value": Metric("reward²", "The critic's loss, as it was differentiated.", "value_loss"),
+    "value/explained_variance": Metric(
+        "fraction", "How much of the returns' variance the critic's values explained, before its update; 1 is all."
+    ),
+    "value/mean": Metric("reward", "Mean of those values.", "values/mean"),
+    "value/clip_frac": Metric("fraction", "Tokens whose value was held near the old one.", "vf_clipfrac"),
+    "value/grad_norm": Metric("", "As optim/grad_norm, of the critic."),
+    "value/nonfinite_steps": Metric("steps", "As optim/nonfinite_steps, of the critic; of this step."),
+    "time/value": Metric("s", "The critic's values and updates."),
+    "policy/update_kl": Metric(
+        "nats", "Mean KL from the policy before this step's update to that within it, per token.", "approxkl"
+    ),
     "reward/<fn>/mean": Metric(
         "reward", "Mean of one reward function, where an environment has several.", "rewards/<fn>/mean"
     ),

@@ -30,12 +30,14 @@ class TokenBatch:
     ref_logprobs: Tensor | None
     sample_index: Tensor
     """Which of the microbatch's samples each token belongs to, counted from 0; int64. A sample is never cut in two."""
-    entropy: Tensor
-    """Of the policy's distribution at each token; no gradient."""
+    old_values: Tensor | None
+    returns: Tensor | None
+    entropy: Tensor | None
+    """Of the policy's distribution at each token, without gradient; None for a value adapter."""
 
 
 Loss: TypeAlias = "Callable[[Tensor, TokenBatch], tuple[Tensor, Mapping[str, Tensor]]]"
-"""(logprobs [N] under gradient, tokens) -> (scalar, metrics [N] per token).
+"""(logprobs [N] under gradient, tokens) -> (scalar, metrics [N] per token); a value adapter's gets values for logprobs.
 
 The scalar is summed over microbatches, so weight each token with `tokens.loss_weights`. Per-token metrics come back as
 `<name>/mean` and `<name>/max` over the batch. The function is sent to the ranks by reference: define it in a module (or
@@ -58,7 +60,11 @@ class Trainer(Protocol):
     """Asynchronous; runs in rank processes of its own. A rank that dies or raises makes the call raise TrainerError."""
 
     async def create_adapter(self, name: str, lora: LoraConfig, head: Head = "policy") -> None:
-        """A new adapter (B = 0, so the model is the base) with an optimizer of its own."""
+        """A new adapter (B = 0, so the model is the base) with an optimizer of its own.
+
+        With head `value` it has a scalar head of its own, zero at first, in place of the vocabulary: the value of a token
+        is that of the hidden state that the token is sampled from. It has no logprobs, and is not exported.
+        """
         ...
 
     async def remove_adapter(self, name: str) -> None:
@@ -78,6 +84,10 @@ class Trainer(Protocol):
 
     async def logprobs(self, name: str | None, samples: Sequence[Sample]) -> list[FloatArray]:
         """Per sample [T], 0 where `loss_mask` is false; `None` names the frozen base (the reference policy)."""
+        ...
+
+    async def values(self, name: str, samples: Sequence[Sample]) -> list[FloatArray]:
+        """Per sample [T] of a value adapter, 0 where `loss_mask` is false."""
         ...
 
     async def export_adapter(self, name: str) -> AdapterTicket:

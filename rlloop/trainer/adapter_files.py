@@ -1,6 +1,6 @@
 """What a checkpoint holds of an adapter, the same for every trainer, so that either can go on from the other's:
 
-    adapter/   what `peft.PeftModel.from_pretrained` reads
+    adapter/   what `peft.PeftModel.from_pretrained` reads; a value adapter's head is in value_head.safetensors
     state/     optimizer.safetensors: `<PEFT's name>.<moment>` in fp32, and rng.safetensors
 
 Full tensors, never a rank's share: any number of ranks can load them.
@@ -21,6 +21,8 @@ from torch import Tensor
 from rlloop.errors import TrainerError
 from rlloop.types import LoraConfig
 
+VALUE_HEAD = ("value_head.weight", "value_head.bias")
+"""[1, H] and [1] of a value adapter, in fp32."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """AdamW's state of a parameter: two tensors like it, and the number of its steps."""
 
@@ -66,7 +68,10 @@ def write_adapter(folder: Path, config: peft.LoraConfig, weights: Tensors, momen
     (folder / "adapter").mkdir(parents=True, exist_ok=True)
     (folder / "state").mkdir(exist_ok=True)
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    head = {name: on_cpu.pop(name) for name in VALUE_HEAD if name in on_cpu}
     save_file(on_cpu, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    if head:
+        save_file(head, folder / "adapter" / "value_head.safetensors")
     config.inference_mode = True
     config.save_pretrained(folder / "adapter")
     save_file(
@@ -82,6 +87,8 @@ def read_adapter(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]])
     Raises TrainerError unless the weights have just these names and shapes.
     """
     weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    if (head := folder / "adapter" / "value_head.safetensors").exists():
+        weights |= load_file(head)
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     if found != shapes:
         key = min(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))

@@ -6,6 +6,8 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from rlloop.trainer import Head, Loss
 from rlloop.types import AdamConfig, AdapterTicket, FloatArray, LoraConfig, Metrics, OptimResult, Sample
 
@@ -43,6 +45,10 @@ class FakeTrainer:
     async def logprobs(self, name: str | None, samples: Sequence[Sample]) -> list[FloatArray]:
         """See `Trainer.logprobs`: always those of the engine."""
         return [sample.rollout_logprobs for sample in samples]
+
+    async def values(self, name: str, samples: Sequence[Sample]) -> list[FloatArray]:
+        """See `Trainer.values`: 0."""
+        return [np.zeros(len(sample.tokens), np.float32) for sample in samples]
 
     async def export_adapter(self, name: str) -> AdapterTicket:
         """See `Trainer.export_adapter`; a ticket for no bytes."""

@@ -164,6 +164,11 @@ def token_logprobs(
     return logprobs, entropy
 
 
+def token_values(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A value head: hidden [N, H], weight [1, H] and bias [1] in fp32 -> [N] in fp32."""
+    return torch.addmv(bias, hidden.float(), weight[0])
+
+
 @torch.no_grad()
 def head_weight(model: nn.Module) -> Tensor:
     """The [V, H] matrix of a transformers causal language model's head.

@@ -17,14 +17,22 @@ from transformers import AutoModelForCausalLM
 
 from rlloop.batching import Microbatch, pack
 from rlloop.errors import TrainerError
-from rlloop.trainer import Loss, TokenBatch
-from rlloop.trainer.adapter_files import MOMENTS, check_lora, initial_a, peft_config, read_adapter, write_adapter
+from rlloop.trainer import Head, Loss, TokenBatch
+from rlloop.trainer.adapter_files import (
+    MOMENTS,
+    VALUE_HEAD,
+    check_lora,
+    initial_a,
+    peft_config,
+    read_adapter,
+    write_adapter,
+)
 from rlloop.trainer.attention import IMPLEMENTATION, PackedLayout
-from rlloop.trainer.head import head_weight, token_logprobs
+from rlloop.trainer.head import head_weight, token_logprobs, token_values
 from rlloop.trainer.lora import FusedLinear
 from rlloop.trainer.rank_trainer import RankArguments
 from rlloop.trainer.ranks import RankContext
-from rlloop.trainer.steps import SkippedSteps, gradient_discarded_on_error, measure_peak, throughput
+from rlloop.trainer.steps import SkippedSteps, check_head, gradient_discarded_on_error, measure_peak, throughput
 from rlloop.trainer.tokens import Columns, Totals, to_device
 from rlloop.types import AdamConfig, AdapterTicket, FloatArray, LoraConfig, Metrics, OptimResult, Sample
 
@@ -35,10 +43,14 @@ _MODEL_INPUTS = ("tokens", "positions", "hidden_index", "targets")
 class _Adapter:
     lora: LoraConfig
     parameters: dict[str, nn.Parameter]
-    """By PEFT's names, those of adapter_model.safetensors."""
+    """By PEFT's names, those of adapter_model.safetensors, and those of `VALUE_HEAD`."""
     optimizer: torch.optim.AdamW
     loss_was_finite: bool = True
     """Of all that is in the gradient."""
+
+    @property
+    def head(self) -> Head:
+        return "value" if VALUE_HEAD[0] in self.parameters else "policy"
 
     def discard_gradient(self) -> None:
         self.optimizer.zero_grad()
@@ -86,7 +98,7 @@ class PeftRank:
         """Free what the transport holds."""
         self._writer.close()
 
-    def create_adapter(self, name: str, lora: LoraConfig) -> None:
+    def create_adapter(self, name: str, lora: LoraConfig, head: Head = "policy") -> None:
         """A is drawn by parameter name, so it depends on neither layout nor other adapters."""
         if name in self._adapters:
             raise TrainerError(f"adapter {name!r} exists already")
@@ -108,6 +120,9 @@ class PeftRank:
             for parameter_name, parameter in parameters.items():
                 if ".lora_A." in parameter_name:
                     parameter.copy_(initial_a(parameter_name, lora.seed, parameter.shape))
+        if head == "value":
+            for parameter_name, shape in zip(VALUE_HEAD, ((1, self._head.shape[1]), (1,)), strict=True):
+                parameters[parameter_name] = nn.Parameter(torch.zeros(shape, device=self._device))
         optimizer = torch.optim.AdamW(list(parameters.values()), fused=True)
         self._adapters[name] = _Adapter(lora, parameters, optimizer)
         self._active = None
@@ -133,16 +148,20 @@ class PeftRank:
         with gradient_discarded_on_error(adapter.discard_gradient):
             for microbatch in pack(samples, self._settings.max_tokens_per_microbatch):
                 self._context.check_interrupt()
-                logprobs, entropy = self._forward(microbatch)
+                outputs, entropy = self._forward(microbatch, adapter)
                 tokens = TokenBatch(**columns.of(microbatch, self._device), entropy=entropy)
-                value, metrics = loss(logprobs, tokens)
+                value, metrics = loss(outputs, tokens)
                 value.backward()
-                totals.add(value, logprobs, tokens, microbatch, metrics)
+                totals.add(value, outputs, tokens, microbatch, metrics)
         summary = totals.summary()
         adapter.loss_was_finite &= summary.is_finite
         seconds = time.perf_counter() - started
         return summary.metrics() | throughput(
-            summary, seconds, num_body=self._num_body, num_head=self._head.numel(), peak_flops=self._peak_flops
+            summary,
+            seconds,
+            num_body=self._num_body,
+            num_head=self._head.numel() if adapter.head == "policy" else 0,
+            peak_flops=self._peak_flops,
         )
 
     def optim_step(self, name: str, adam: AdamConfig) -> OptimResult:
@@ -161,21 +180,20 @@ class PeftRank:
         self._skipped.count(name, skipped)
         return OptimResult(grad_norm=grad_norm, skipped=skipped)
 
-    @torch.no_grad()
     def logprobs(self, name: str | None, samples: Sequence[Sample]) -> list[FloatArray]:
-        """In microbatches, like training."""
-        flat = np.zeros(sum(len(sample.tokens) for sample in samples), dtype=np.float32)
-        with self._without_adapter() if name is None else nullcontext():
-            if name is not None:
-                self._activate(name)
-            for microbatch in pack(samples, self._settings.max_tokens_per_microbatch):
-                self._context.check_interrupt()
-                flat[microbatch.loss_index] = self._forward(microbatch)[0].cpu().numpy()
-        return np.split(flat, np.cumsum([len(sample.tokens) for sample in samples]))[:-1]
+        """Of an adapter with a policy head, or of the base."""
+        if name is not None:
+            return self._evaluate(self._activate(name, "policy"), samples)
+        with self._without_adapter():
+            return self._evaluate(None, samples)
+
+    def values(self, name: str, samples: Sequence[Sample]) -> list[FloatArray]:
+        """Of an adapter with a value head."""
+        return self._evaluate(self._activate(name, "value"), samples)
 
     def export_adapter(self, name: str) -> AdapterTicket:
         """The transport scales B and casts."""
-        adapter = self._get(name)
+        adapter = self._get(name, "policy")
         tensors = {key: parameter.detach() for key, parameter in adapter.parameters.items()}
         return self._writer.write(tensors, adapter.lora.alpha / adapter.lora.rank)
 
@@ -203,13 +221,25 @@ class PeftRank:
                     moment: moments[f"{key}.{moment}"].to(self._device) for moment in MOMENTS
                 }
 
-    def _get(self, name: str) -> _Adapter:
+    def _get(self, name: str, head: Head | None = None) -> _Adapter:
+        """Raises TrainerError if there is none, or one with another head."""
         if name not in self._adapters:
             raise TrainerError(f"no adapter is named {name!r}; there are: {', '.join(self._adapters) or 'none'}")
-        return self._adapters[name]
+        adapter = self._adapters[name]
+        check_head(name, adapter.head, head)
+        return adapter
 
-    def _activate(self, name: str) -> _Adapter:
-        adapter = self._get(name)
+    @torch.no_grad()
+    def _evaluate(self, adapter: _Adapter | None, samples: Sequence[Sample]) -> list[FloatArray]:
+        """Its outputs, in microbatches, like training."""
+        flat = np.zeros(sum(len(sample.tokens) for sample in samples), dtype=np.float32)
+        for microbatch in pack(samples, self._settings.max_tokens_per_microbatch):
+            self._context.check_interrupt()
+            flat[microbatch.loss_index] = self._forward(microbatch, adapter)[0].cpu().numpy()
+        return np.split(flat, np.cumsum([len(sample.tokens) for sample in samples]))[:-1]
+
+    def _activate(self, name: str, head: Head | None = None) -> _Adapter:
+        adapter = self._get(name, head)
         if self._active != name:
             assert self._peft is not None
             self._peft.set_adapter(name)
@@ -219,8 +249,8 @@ class PeftRank:
     def _without_adapter(self) -> AbstractContextManager[None]:
         return nullcontext() if self._peft is None else self._peft.disable_adapter()
 
-    def _forward(self, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
-        """-> logprobs and entropy of its loss tokens, both [N]."""
+    def _forward(self, microbatch: Microbatch, adapter: _Adapter | None) -> tuple[Tensor, Tensor | None]:
+        """-> logprobs and entropy of its loss tokens, both [N]; or values, of a value adapter. It is the active one."""
         on_device = {key: to_device(getattr(microbatch, key), self._device) for key in _MODEL_INPUTS}
         hidden = self._decoder(
             input_ids=on_device["tokens"][None],
@@ -229,4 +259,6 @@ class PeftRank:
             packed_layout=PackedLayout(microbatch, device=self._device, dtype=self._dtype),
         ).last_hidden_state[0]
         predicting = hidden.index_select(0, on_device["hidden_index"])
+        if adapter is not None and adapter.head == "value":
+            return token_values(predicting, *[adapter.parameters[name] for name in VALUE_HEAD]), None
         return token_logprobs(predicting, self._head, on_device["targets"], temperature=self._temperature)

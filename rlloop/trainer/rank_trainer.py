@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import ClassVar, TypeVar
 
 from rlloop.config import TrainerSettings
-from rlloop.errors import TrainerError
 from rlloop.events import Events
 from rlloop.trainer import AdapterWriter, Head, Loss
 from rlloop.trainer.flat import Flat
@@ -75,9 +74,7 @@ class RankTrainer(ABC):
 
     async def create_adapter(self, name: str, lora: LoraConfig, head: Head = "policy") -> None:
         """A new adapter (B = 0, so the model is the base) with an optimizer of its own."""
-        if head != "policy":
-            raise TrainerError(f"adapter {name!r}: trainers have policy heads only, got head={head!r}")
-        await self._ranks.call("create_adapter", name, lora)
+        await self._ranks.call("create_adapter", name, lora, head)
 
     async def remove_adapter(self, name: str) -> None:
         """Forget an adapter and its optimizer."""
@@ -100,6 +97,12 @@ class RankTrainer(ABC):
         with self._events.span("logprobs", "trainer", num_samples=len(samples)):
             logprobs: list[FloatArray] = await self._ranks.call("logprobs", name, Flat(samples))
         return logprobs
+
+    async def values(self, name: str, samples: Sequence[Sample]) -> list[FloatArray]:
+        """Per sample [T] of a value adapter, 0 where `loss_mask` is false."""
+        with self._events.span("values", "trainer", num_samples=len(samples)):
+            values: list[FloatArray] = await self._ranks.call("values", name, Flat(samples))
+        return values
 
     async def export_adapter(self, name: str) -> AdapterTicket:
         """Hand the adapter's present weights to the transport."""

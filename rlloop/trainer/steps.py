@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from rlloop.errors import NonFiniteError, TrainerError
+from rlloop.trainer import Head
 from rlloop.trainer.tokens import Summary
 from rlloop.types import Metrics
 
@@ -36,6 +37,12 @@ def throughput(summary: Summary, seconds: float, *, num_body: int, num_head: int
     # Forward, and backward to the activations only: 2 x 2 operations for each weight and token.
     flops = 4 * (num_body * summary.num_computed_tokens + num_head * summary.num_tokens)
     return {"forward_backward_seconds": seconds, "mfu": flops / seconds / peak_flops}
+
+
+def check_head(name: str, head: Head, wanted: Head | None) -> None:
+    """Raise TrainerError when an adapter has another head than a call wants; None: either will do."""
+    if wanted not in (None, head):
+        raise TrainerError(f"adapter {name!r} has a {head} head; this call is for adapters with a {wanted} head")
 
 
 class SkippedSteps:

@@ -16,7 +16,7 @@ from rlloop.errors import TrainerError
 from rlloop.trainer import TokenBatch
 from rlloop.types import Metrics, Sample
 
-_COLUMNS = ("advantages", "loss_weights", "rollout_logprobs", "old_logprobs", "ref_logprobs")
+_COLUMNS = ("advantages", "loss_weights", "rollout_logprobs", "old_logprobs", "ref_logprobs", "old_values", "returns")
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -68,17 +68,22 @@ class Totals:
     def add(
         self,
         loss: Tensor,
-        logprobs: Tensor,
+        outputs: Tensor,
         tokens: TokenBatch,
         microbatch: Microbatch,
         metrics: Mapping[str, Tensor],
     ) -> None:
-        """One microbatch: its loss, and per-token metrics [N] beside those that every trainer reports."""
-        difference = (logprobs.detach() - tokens.rollout_logprobs).abs()
-        values = {"entropy": tokens.entropy, "sampler_logprob_diff": difference, **metrics}
+        """One microbatch: its loss, and per-token metrics [N] beside those that every trainer reports of a policy."""
+        values = dict(metrics)
+        if tokens.entropy is not None:
+            difference = (outputs.detach() - tokens.rollout_logprobs).abs()
+            values = {"entropy": tokens.entropy, "sampler_logprob_diff": difference, **values}
         self._names = tuple(values)
-        stacked = torch.stack([tensor.detach().float() for tensor in values.values()])
-        self._rows.append(torch.cat([loss.detach().float().view(1), stacked.sum(dim=1), stacked.amax(dim=1)]))
+        numbers = loss.detach().float().view(1)
+        if values:
+            stacked = torch.stack([tensor.detach().float() for tensor in values.values()])
+            numbers = torch.cat([numbers, stacked.sum(dim=1), stacked.amax(dim=1)])
+        self._rows.append(numbers)
         self.num_tokens += len(microbatch.targets)
         self.num_computed_tokens += len(microbatch.tokens)
 

@@ -22,6 +22,7 @@ import peft
 import pytest
 import torch
 from numpy.typing import NDArray
+from rlloop.algorithms import ppo
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -52,7 +53,7 @@ from rlloop.trainer.megatron.stages import share_layers
 from rlloop.trainer.peft import PeftTrainer
 from rlloop.trainer.rank_trainer import RankTrainer
 from rlloop.trainer.ranks import Ranks, RankSpec
-from rlloop.types import AdamConfig, LoraConfig, Metrics, Sample
+from rlloop.types import AdamConfig, Group, LoraConfig, Metrics, Prompt, Rollout, Sample
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -404,6 +405,80 @@ def test_fast_layer_is_megatrons_layer(
     assert relative(found[0].losses, fast.losses) <= 1e-5
     assert relative(found[0].norms, fast.norms) <= 1e-5
     np.testing.assert_allclose(found[0].logprobs, fast.logprobs, atol=1e-5, rtol=0)
+
+
+@dataclass
+class Update:
+    """What one PPO update left."""
+
+    metrics: Metrics
+    logprobs: NDArray[np.float32]
+    values: NDArray[np.float32]
+    values_after_load: NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def updates(
+    run: RunTrainer, folders: dict[str, Path], samples: list[Sample], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Update]:
+    """layout, or `peft` -> what an update of policy and critic in four minibatches does there."""
+    config = ppo.Config(
+        num_epochs=2,
+        num_minibatches=2,
+        kl_coef=0.1,
+        optim={"lr": 3e-3, "eps": 1e-4},
+        critic={"optim": {"lr": 3e-3, "eps": 1e-4}, "clip": 0.2},
+    )
+    generator = np.random.default_rng(0)
+    groups = [
+        Group(Prompt(ordinal, ordinal, 0, None), rollouts, tuple(generator.random(len(rollouts)).tolist()), 0)
+        for ordinal in range(4)
+        if (rollouts := tuple(as_rollout(sample) for sample in samples if sample.prompt_id == ordinal))
+    ]
+
+    @cache
+    def get(layout: str) -> Update:
+        folder, found = tmp_path_factory.mktemp("updated"), []
+        trainer = make_trainer(folders["qwen2"], LAYOUTS.get(layout))
+
+        async def update() -> None:
+            await trainer.create_adapter("policy", LORA)
+            await trainer.create_adapter("critic", OTHER, "value")
+            metrics = await ppo.update(trainer, groups, config)
+            logprobs = np.concatenate(await trainer.logprobs("policy", samples))
+            values = np.concatenate(await trainer.values("critic", samples))
+            await trainer.save("critic", folder)
+            await trainer.remove_adapter("critic")
+            await trainer.create_adapter("critic", OTHER, "value")
+            await trainer.load("critic", folder)
+            found.append(Update(metrics, logprobs, values, np.concatenate(await trainer.values("critic", samples))))
+
+        run(trainer, update)
+        return found[0]
+
+    return get
+
+
+def as_rollout(sample: Sample) -> Rollout:
+    return Rollout(sample.tokens, sample.loss_mask, sample.rollout_logprobs, 0, "stop", 1, "")
+
+
+@pytest.mark.parametrize("layout", ["1x1", "TP2xPP2", "DP2", "TP2, sequence parallel", "PP2, interleaved"])
+def test_an_update_with_a_critic_agrees_with_peft(updates: Callable[[str], Update], layout: str) -> None:
+    found, expected = updates(layout), updates("peft")
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found.values, expected.values, atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(found.values, found.values_after_load)
+    assert abs(expected.values).max() > 0.1
+    for name in (
+        "loss/policy",
+        "loss/value",
+        "optim/grad_norm",
+        "value/grad_norm",
+        "policy/update_kl",
+        "value/clip_frac",
+    ):
+        assert found.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-4, abs=1e-6), name
 
 
 def test_what_autograd_would_have_done() -> None:

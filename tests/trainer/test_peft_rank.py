@@ -420,3 +420,92 @@ def test_bf16_gradient_points_the_same_way(models: dict[str, str], rank: PeftRan
 def test_a_target_that_is_no_layer_of_the_decoder_is_refused(rank: PeftRank) -> None:
     with pytest.raises(TrainerError, match=r"lora\.targets: expected names among down_proj, .* got lm_head, query$"):
         rank.create_adapter("other", replace(LORA, targets=("q_proj", "query", "lm_head")))
+
+
+def regression(values: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    assert tokens.entropy is None
+    return (tokens.loss_weights * (values - tokens.returns).square()).sum(), {"value": values}
+
+
+def with_returns(samples: list[Sample]) -> list[Sample]:
+    return [replace(sample, returns=sample.advantages * np.arange(len(sample.tokens))) for sample in samples]
+
+
+def test_a_value_adapter_equals_transformers_and_peft_with_a_linear_head(
+    models: dict[str, str], rank: PeftRank, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    """The policy beside it stays what it is."""
+    rank.create_adapter("critic", replace(LORA, seed=3), "value")
+    assert not np.concatenate(rank.values("critic", make_samples())).any(), "zero before it has learned"
+    policy = rank.logprobs("policy", make_samples())
+    rank.save("critic", tmp_path)
+    reference = Reference(models["llama"], tmp_path)
+    head = torch.nn.Linear(48, 1)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    reference.optimizer.add_param_group({"params": head.parameters()})
+    reference.parameters += head.parameters()
+
+    def values_of(sample: Sample) -> Tensor:
+        tokens = torch.from_numpy(sample.tokens).long()[None]
+        hidden = reference.model(input_ids=tokens, output_hidden_states=True).hidden_states[-1][0]
+        before = torch.cat([torch.zeros(1), head(hidden)[:-1, 0]])  # a token is sampled from the state before it
+        return torch.where(torch.from_numpy(sample.loss_mask), before, 0.0)
+
+    for step in range(3):
+        samples = with_returns(make_samples(seed=step))
+        metrics = rank.forward_backward("critic", samples, regression)
+        result = rank.optim_step("critic", ADAM)
+        loss = torch.zeros(())
+        for sample in samples:
+            errors = (values_of(sample) - torch.from_numpy(sample.returns)).square()
+            loss = loss + (torch.from_numpy(sample.loss_weights) * errors)[torch.from_numpy(sample.loss_mask)].sum()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters, ADAM.max_grad_norm)
+        reference.optimizer.step()
+        reference.optimizer.zero_grad()
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+        assert metrics.keys() >= {"value/mean", "value/max"}
+        assert "entropy/mean" not in metrics
+    samples = make_samples(seed=9)
+    with torch.no_grad():
+        for row, sample in zip(rank.values("critic", samples), samples, strict=True):
+            np.testing.assert_allclose(row, values_of(sample), atol=1e-5)
+    for row, before in zip(rank.logprobs("policy", make_samples()), policy, strict=True):
+        np.testing.assert_array_equal(row, before)
+
+
+def test_a_value_adapter_goes_on_from_what_was_saved(
+    models: dict[str, str], rank: PeftRank, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    samples = with_returns(make_samples())
+
+    def step(rank: PeftRank) -> list[Any]:
+        rank.forward_backward("critic", samples, regression)
+        rank.optim_step("critic", ADAM)
+        return rank.values("critic", samples)
+
+    rank.create_adapter("critic", LORA, "value")
+    step(rank)
+    rank.save("critic", tmp_path)
+    expected = step(rank)
+    other = make_rank(models["llama"])
+    other.create_adapter("critic", LORA, "value")
+    other.load("critic", tmp_path)
+    for row, wanted in zip(step(other), expected, strict=True):
+        np.testing.assert_array_equal(row, wanted)
+    assert load_file(tmp_path / "adapter" / "value_head.safetensors")["value_head.weight"].any()
+    with pytest.raises(TrainerError, match=r"does not fit adapter 'policy'; at value_head"):
+        rank.load("policy", tmp_path)
+
+
+def test_a_call_for_the_other_head_says_so(rank: PeftRank, make_samples: MakeSamples) -> None:
+    rank.create_adapter("critic", LORA, "value")
+    for call in (lambda: rank.logprobs("critic", make_samples()), lambda: rank.export_adapter("critic")):
+        with pytest.raises(
+            TrainerError, match="adapter 'critic' has a value head; this call is for adapters with a policy"
+        ):
+            call()
+    with pytest.raises(TrainerError, match="adapter 'policy' has a policy head"):
+        rank.values("policy", make_samples())

@@ -1,9 +1,8 @@
 """One named LoRA adapter of a Megatron model: this rank's share of its weights, gradients and optimizer, in flat buffers.
 
-    [ whole A | whole B | whole m | cut A | cut B | cut m ]     whole: the same on all tensor-parallel ranks (see `lora`)
-
-Flat, because then a step, a sum over ranks and an export are a few operations however many layers there are. Data-parallel
-ranks hold one slice each of the fp32 weights and of AdamW's moments (ZeRO-1, Rajbhandari et al. 2020), and all of the rest.
+Flat (see `slots`), because then a step, a sum over ranks and an export are a few operations however many layers there are.
+Data-parallel ranks hold one slice each of the fp32 weights and of AdamW's moments (ZeRO-1, Rajbhandari et al. 2020), and all of
+the rest.
 
 m are DoRA's magnitudes: y = m / |W + s B A| (W + s B A) x, with the norm of each row.
 
@@ -12,78 +11,70 @@ Shapes: r rank of the adapter, R stacked rank of a layer, n parameters of this r
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlloop.trainer.adapter_files import MOMENTS, initial_a
-from rlloop.trainer.megatron.lora import LoraLinear, LoraWeights
+from rlloop.trainer import Head
+from rlloop.trainer.adapter_files import MOMENTS, VALUE_HEAD, initial_a
+from rlloop.trainer.head import token_values
+from rlloop.trainer.megatron.lora import LoraWeights
 from rlloop.trainer.megatron.parallel import Groups
+from rlloop.trainer.megatron.slots import AdaptableLayer, Projection, Slot, lay_out
 from rlloop.types import AdamConfig, LoraConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """A linear layer of the Hugging Face model: some rows of a layer of Megatron's."""
+class _Values(torch.autograd.Function):
+    """`token_values` of hidden [N, C] by the weights [C + 1] of a head, whose gradient is added to a buffer, if to any."""
 
-    name: str
-    """PEFT's, without `.lora_A.weight`."""
-    rows: Tensor | None
-    """This rank's rows of it, in its own order, as indices into Megatron's; None: all, as they lie."""
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weights: Tensor, gradient: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden, weights)
+        ctx.gradient = gradient
+        return token_values(hidden, weights[None, :-1], weights[-1:])
 
-    @property
-    def own_rows(self) -> Tensor | slice:
-        """`rows`, to index with."""
-        return slice(None) if self.rows is None else self.rows
-
-    @property
-    def target(self) -> str:
-        """What `LoraConfig.targets` calls it: q_proj."""
-        return self.name.rpartition(".")[2]
-
-
-@dataclass(frozen=True, slots=True)
-class AdaptableLayer:
-    """A layer of Megatron's on this rank, and what it holds."""
-
-    layer: LoraLinear
-    projections: tuple[Projection, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    """Where an adapted layer's A [R, I], B [O, R] and m [O] lie in the flat buffers."""
-
-    layer: LoraLinear
-    projections: tuple[Projection, ...]
-    a: slice
-    b: slice
-    m: slice
-    a_shape: tuple[int, ...]
-    b_shape: tuple[int, ...]
+    @staticmethod
+    def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor, None, None]:
+        hidden, weights = ctx.saved_tensors
+        if ctx.gradient is not None:
+            ctx.gradient[:-1].addmv_(hidden.float().t(), d_values)
+            ctx.gradient[-1].add_(d_values.sum())
+        return torch.outer(d_values, weights[:-1]).to(hidden.dtype), None, None
 
 
 class Adapter:
-    """A is drawn by parameter name, B is zero."""
+    """A is drawn by parameter name, B is zero, and so is a value head. `hidden_size`: C of the model."""
 
-    def __init__(self, lora: LoraConfig, layers: Sequence[AdaptableLayer], groups: Groups, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        lora: LoraConfig,
+        head: Head,
+        layers: Sequence[AdaptableLayer],
+        hidden_size: int,
+        groups: Groups,
+        dtype: torch.dtype,
+    ) -> None:
         self.lora = lora
+        self.head = head
         self.loss_was_finite = True
         """Of all that is in the gradient."""
         self._groups = groups
         self._scale = lora.alpha / lora.rank
-        self._slots, self._num_whole, self._b_slices, num_parameters = _lay_out(lora, layers, groups.tp_size)
+        num_head = hidden_size + 1 if head == "value" and groups.is_last_stage else 0
+        layout = lay_out(lora, layers, groups.tp_size, num_head)
+        self._slots, self._num_whole, self._b_slices = layout.slots, layout.num_whole, layout.b_slices
         self._norms: list[Tensor] = []
         """Of each slot, for DoRA: those of the rows of W + s B A."""
         num_slices, device = groups.dp_size, groups.device
-        self._n = -(-num_parameters // num_slices) * num_slices
+        self._n = -(-layout.num_parameters // num_slices) * num_slices
         self._gradient = torch.zeros(self._n, device=device)
         self._weights = torch.empty(self._n, device=device, dtype=dtype)
+        self._head_weights = torch.empty(num_head, device=device)
+        """In fp32: values are sums over all of C, and what a bf16 one rounds off is as large as an advantage."""
         self._mask = self._own_entries()
         self._master = torch.nn.Parameter(torch.zeros(self._n // num_slices, device=device))
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -113,6 +104,13 @@ class Adapter:
     def deactivate(self) -> None:
         """Another one, or none, is the adapter of the model."""
         self._copies = []
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """Of a value adapter, on the last stage: hidden states [N, C] -> [N] in fp32."""
+        gradient = self._gradient[: len(self._head_weights)]
+        # Tensor-parallel ranks all have the same hidden states: one of them counts.
+        values: Tensor = _Values.apply(hidden, self._head_weights, gradient if self._groups.tp_rank == 0 else None)
+        return values
 
     def discard_gradient(self) -> None:
         """Of all microbatches since the last step."""
@@ -188,7 +186,7 @@ class Adapter:
             self._optimizer.state[self._master] = state | {step: steps.to(self._master.device)}
         self._refresh()
 
-    def _layer_weights(self, slot: _Slot) -> LoraWeights:
+    def _layer_weights(self, slot: Slot) -> LoraWeights:
         return LoraWeights(
             a=self._weights[slot.a].view(slot.a_shape),
             scaled_b=self._weights[slot.b].view(slot.b_shape),
@@ -207,6 +205,7 @@ class Adapter:
         for b in self._b_slices:
             whole[b].mul_(self._scale)
         self._weights.copy_(whole)
+        self._head_weights.copy_(whole[: len(self._head_weights)])
         if self.lora.dora:
             self._norms = [self._measure_norm(slot) for slot in self._slots]
             for slot, norm in zip(self._slots, self._norms, strict=True):
@@ -216,7 +215,7 @@ class Adapter:
                 self._weights[slot.m] = gain.to(self._weights.dtype)
         self._copy()
 
-    def _measure_norm(self, slot: _Slot) -> Tensor:
+    def _measure_norm(self, slot: Slot) -> Tensor:
         a, b = self._weights[slot.a].view(slot.a_shape), self._weights[slot.b].view(slot.b_shape)
         squares = torch.addmm(slot.layer.weight, b, a).float().square().sum(1)
         if not slot.layer.is_column and self._groups.tp_size > 1:
@@ -265,7 +264,7 @@ class Adapter:
                     mask[slot.m][projection.own_rows] = True
         return None if bool(mask.all()) else mask
 
-    def _columns(self, slot: _Slot) -> Iterator[tuple[Projection, slice]]:
+    def _columns(self, slot: Slot) -> Iterator[tuple[Projection, slice]]:
         rank = self.lora.rank
         for index, projection in enumerate(slot.projections):
             yield projection, slice(index * rank, (index + 1) * rank)
@@ -273,6 +272,8 @@ class Adapter:
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Of this stage's part, over all tensor-parallel ranks."""
         tp = self._groups.tp_size
+        if num_head := len(self._head_weights):
+            yield from zip(VALUE_HEAD, ((1, num_head - 1), (1,)), strict=True)
         for slot in self._slots:
             (_, num_inputs), (num_outputs, _) = slot.a_shape, slot.b_shape
             for projection in slot.projections:
@@ -308,6 +309,8 @@ class Adapter:
 
     def _name(self, flats: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
         """[n] of each tensor-parallel rank -> this stage's tensors, in the order of `_shapes`."""
+        if num_head := len(self._head_weights):
+            yield from zip(VALUE_HEAD, (flats[0][None, : num_head - 1], flats[0][num_head - 1 : num_head]), strict=True)
         for slot in self._slots:
             a_parts = [flat[slot.a].view(slot.a_shape) for flat in flats]
             b_parts = [flat[slot.b].view(slot.b_shape) for flat in flats]
@@ -328,6 +331,8 @@ class Adapter:
         """Tensors by PEFT's names, whole -> [n]"""
         flat = torch.zeros_like(self._gradient)
         tp, rank = self._groups.tp_size, self._groups.tp_rank
+        if num_head := len(self._head_weights):
+            flat[:num_head] = torch.cat([tensors[name].flatten() for name in VALUE_HEAD]).to(flat)
         for slot in self._slots:
             a, b = flat[slot.a].view(slot.a_shape), flat[slot.b].view(slot.b_shape)
             for projection, columns in self._columns(slot):
@@ -344,42 +349,3 @@ class Adapter:
                 if whole_m is not None:
                     flat[slot.m][projection.own_rows] = whole_m.to(flat)
         return flat
-
-
-def _lay_out(
-    lora: LoraConfig, layers: Sequence[AdaptableLayer], tp_size: int
-) -> tuple[list[_Slot], int, list[slice], int]:
-    """-> slots, number of whole parameters, where the B are, number of parameters."""
-    wanted = [
-        (adaptable.layer, projections)
-        for adaptable in layers
-        if (projections := tuple(p for p in adaptable.projections if p.target in lora.targets))
-    ]
-    shapes: dict[tuple[int, str], tuple[int, ...]] = {}
-    for index, (layer, projections) in enumerate(wanted):
-        num_outputs, num_inputs = layer.weight.shape
-        stacked = lora.rank * len(projections)
-        shapes[index, "a"], shapes[index, "b"] = (stacked, num_inputs), (num_outputs, stacked)
-        shapes[index, "m"] = (num_outputs if lora.dora else 0,)
-    regions: dict[tuple[bool, str], list[tuple[int, str]]] = {
-        (whole, kind): [] for whole, kind in itertools.product((True, False), "abm")
-    }
-    for index, kind in shapes:
-        whole = tp_size > 1 and (kind == "a") == wanted[index][0].is_column
-        regions[whole, kind].append((index, kind))
-    places: dict[tuple[int, str], slice] = {}
-    b_slices, num_whole, end = [], 0, 0
-    for (whole, kind), keys in regions.items():
-        start = end
-        for key in keys:
-            places[key] = slice(end, end + math.prod(shapes[key]))
-            end = places[key].stop
-        if kind == "b":
-            b_slices.append(slice(start, end))
-        if whole:
-            num_whole = end
-    slots = [
-        _Slot(layer, projections, places[i, "a"], places[i, "b"], places[i, "m"], shapes[i, "a"], shapes[i, "b"])
-        for i, (layer, projections) in enumerate(wanted)
-    ]
-    return slots, num_whole, b_slices, end

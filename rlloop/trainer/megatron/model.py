@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from rlloop.config import MegatronSettings
 from rlloop.errors import TrainerError
 from rlloop.trainer.megatron import compat  # noqa: F401  (before anything under megatron)
-from rlloop.trainer.megatron.adapter import AdaptableLayer, Projection
 from rlloop.trainer.megatron.layer import FastLayer, PackedAttention, RMSNorm, rotate_by_token
 from rlloop.trainer.megatron.lora import LoraColumnLinear, LoraLinear, LoraRowLinear
 from rlloop.trainer.megatron.parallel import Groups
+from rlloop.trainer.megatron.slots import AdaptableLayer, Projection
 from rlloop.trainer.megatron.stages import share_layers
 
 from megatron.bridge import AutoBridge  # isort: skip

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from rlloop.batching import Microbatch, pack
 from rlloop.errors import TrainerError
-from rlloop.trainer import Loss, TokenBatch
+from rlloop.trainer import Head, Loss, TokenBatch
 from rlloop.trainer.adapter_files import check_lora, peft_config, read_adapter, write_adapter
 from rlloop.trainer.megatron.adapter import Adapter
 from rlloop.trainer.megatron.graph import wants_graphs
 from rlloop.trainer.megatron.model import build_model
 from rlloop.trainer.megatron.parallel import start_groups
-from rlloop.trainer.megatron.schedule import OnLogprobs, Schedule, Work
+from rlloop.trainer.megatron.schedule import OnOutputs, Schedule, Work
 from rlloop.trainer.megatron.trace import Trace
 from rlloop.trainer.rank_trainer import RankArguments
 from rlloop.trainer.ranks import Interrupted, RankContext
-from rlloop.trainer.steps import SkippedSteps, gradient_discarded_on_error, measure_peak, throughput
+from rlloop.trainer.steps import SkippedSteps, check_head, gradient_discarded_on_error, measure_peak, throughput
 from rlloop.trainer.tokens import Columns, Summary, Totals
 from rlloop.types import AdamConfig, AdapterTicket, FloatArray, LoraConfig, Metrics, OptimResult, Sample
 
@@ -62,12 +62,13 @@ class MegatronRank:
         self._writer.close()
         self._trace.close()
 
-    def create_adapter(self, name: str, lora: LoraConfig) -> None:
+    def create_adapter(self, name: str, lora: LoraConfig, head: Head = "policy") -> None:
         """A is drawn by parameter name, so it depends on neither layout nor other adapters."""
         if name in self._adapters:
             raise TrainerError(f"adapter {name!r} exists already")
         check_lora(lora, set().union(*self._groups.gather(self._model.targets)))
-        self._adapters[name] = Adapter(lora, self._model.layers, self._groups, self._dtype)
+        hidden_size = self._model.config.hidden_size
+        self._adapters[name] = Adapter(lora, head, self._model.layers, hidden_size, self._groups, self._dtype)
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter and its optimizer."""
@@ -83,22 +84,26 @@ class MegatronRank:
         adapter = self._get(name)
         columns, totals = Columns(samples), Totals()
 
-        def on_logprobs(logprobs: Tensor, entropy: Tensor, work: Work) -> Tensor:
+        def on_outputs(outputs: Tensor, entropy: Tensor | None, work: Work) -> Tensor:
             tokens = TokenBatch(**work.columns, entropy=entropy)
-            value, metrics = loss(logprobs, tokens)
-            totals.add(value, logprobs, tokens, work.microbatch, metrics)
+            value, metrics = loss(outputs, tokens)
+            totals.add(value, outputs, tokens, work.microbatch, metrics)
             return value
 
         with gradient_discarded_on_error(adapter.discard_gradient):
             self._activate(name)
-            self._run(samples, columns, on_logprobs, backward=True)
+            self._run(samples, columns, on_outputs, backward=True)
         summary = Summary.merge(self._groups.gather(totals.summary() if self._answers else Summary()))
         self._groups.synchronize()  # only the last stage waits for its metrics, and the first one ends last
         adapter.loss_was_finite &= summary.is_finite
         self._trace.flush()
         seconds = time.perf_counter() - started
         return summary.metrics() | throughput(
-            summary, seconds, num_body=self._num_body, num_head=self._num_head, peak_flops=self._peak_flops
+            summary,
+            seconds,
+            num_body=self._num_body,
+            num_head=self._num_head if adapter.head == "policy" else 0,
+            peak_flops=self._peak_flops,
         )
 
     def optim_step(self, name: str, adam: AdamConfig) -> OptimResult:
@@ -114,26 +119,19 @@ class MegatronRank:
         self._skipped.count(name, skipped)
         return OptimResult(grad_norm=grad_norm, skipped=skipped)
 
-    @torch.no_grad()
     def logprobs(self, name: str | None, samples: Sequence[Sample]) -> list[FloatArray]:
-        """In microbatches, like training."""
-        self._activate(name)
-        found: list[tuple[np.ndarray, np.ndarray]] = []
+        """Of an adapter with a policy head, or of the base."""
+        self._activate(name, "policy")
+        return self._evaluate(samples)
 
-        def on_logprobs(logprobs: Tensor, entropy: Tensor, work: Work) -> None:
-            found.append((work.microbatch.loss_index, logprobs.cpu().numpy()))
-
-        self._run(samples, Columns(samples), on_logprobs, backward=False)
-        self._trace.flush()
-        flat = np.zeros(sum(len(sample.tokens) for sample in samples), dtype=np.float32)
-        for part in self._groups.gather(found if self._answers else []):
-            for index, logprobs in part:
-                flat[index] = logprobs
-        return np.split(flat, np.cumsum([len(sample.tokens) for sample in samples]))[:-1]
+    def values(self, name: str, samples: Sequence[Sample]) -> list[FloatArray]:
+        """Of an adapter with a value head."""
+        self._activate(name, "value")
+        return self._evaluate(samples)
 
     def export_adapter(self, name: str) -> AdapterTicket | None:
         """The transport scales B and casts."""
-        adapter = self._get(name)
+        adapter = self._get(name, "policy")
         tensors = adapter.export()
         if self._groups.rank != 0:
             return None
@@ -142,7 +140,7 @@ class MegatronRank:
     @torch.no_grad()
     def export_weights(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """The model with the adapter merged, W + s B A, by Hugging Face names, whole, on rank 0; every rank must exhaust it."""
-        adapter = self._get(name)
+        adapter = self._get(name, "policy")
         if self._groups.tp_size * self._groups.pp_size > 1:  # the bridge sends weights as they lie
             self._activate(None)
             for adaptable in self._model.layers:
@@ -178,7 +176,23 @@ class MegatronRank:
         """Whether this rank has logprobs that no other rank has."""
         return self._groups.is_last_stage and self._groups.tp_rank == 0
 
-    def _run(self, samples: Sequence[Sample], columns: Columns, on_logprobs: OnLogprobs, *, backward: bool) -> None:
+    @torch.no_grad()
+    def _evaluate(self, samples: Sequence[Sample]) -> list[FloatArray]:
+        """Outputs of what is active, in microbatches, like training."""
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+
+        def on_outputs(outputs: Tensor, entropy: Tensor | None, work: Work) -> None:
+            found.append((work.microbatch.loss_index, outputs.cpu().numpy()))
+
+        self._run(samples, Columns(samples), on_outputs, backward=False)
+        self._trace.flush()
+        flat = np.zeros(sum(len(sample.tokens) for sample in samples), dtype=np.float32)
+        for part in self._groups.gather(found if self._answers else []):
+            for index, outputs in part:
+                flat[index] = outputs
+        return np.split(flat, np.cumsum([len(sample.tokens) for sample in samples]))[:-1]
+
+    def _run(self, samples: Sequence[Sample], columns: Columns, on_outputs: OnOutputs, *, backward: bool) -> None:
         if any(self._groups.gather(self._context.is_interrupted)):
             raise Interrupted("the trainer's call was interrupted")
         microbatches = pack(samples, self._settings.max_tokens_per_microbatch)
@@ -187,18 +201,23 @@ class MegatronRank:
         self._schedule.run(
             _share(microbatches, self._groups.dp_rank, self._groups.dp_size),
             columns,
-            on_logprobs,
+            on_outputs,
             adapter=None if self._active is None else self._adapters[self._active],
             backward=backward,
             before_each=check,
         )
 
-    def _get(self, name: str) -> Adapter:
+    def _get(self, name: str, head: Head | None = None) -> Adapter:
+        """Raises TrainerError if there is none, or one with another head."""
         if name not in self._adapters:
             raise TrainerError(f"no adapter is named {name!r}; there are: {', '.join(self._adapters) or 'none'}")
-        return self._adapters[name]
+        adapter = self._adapters[name]
+        check_head(name, adapter.head, head)
+        return adapter
 
-    def _activate(self, name: str | None) -> None:
+    def _activate(self, name: str | None, head: Head | None = None) -> None:
+        if name is not None:
+            self._get(name, head)
         if name == self._active and not self._is_switching:
             return
         self._is_switching = True  # until it is done: memory may run out on the way

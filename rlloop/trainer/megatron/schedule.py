@@ -41,8 +41,8 @@ class Work:
     """[N] each, for the loss."""
 
 
-OnLogprobs: TypeAlias = Callable[[Tensor, Tensor, Work], Tensor | None]
-"""(logprobs [N], entropy [N], work) -> the loss, or None where there is no backward pass."""
+OnOutputs: TypeAlias = Callable[[Tensor, Tensor | None, Work], Tensor | None]
+"""(logprobs [N], entropy [N], work), or (values [N], None, work) -> the loss, or None where there is no backward pass."""
 
 
 _EMPTY = Microbatch(
@@ -75,7 +75,7 @@ class Schedule:
         self,
         microbatches: Sequence[Microbatch],
         columns: Columns,
-        on_logprobs: OnLogprobs,
+        on_outputs: OnOutputs,
         *,
         adapter: Adapter | None,
         backward: bool,
@@ -83,7 +83,7 @@ class Schedule:
     ) -> None:
         """Forward, and with `backward` backward; `adapter` is the one that is active.
 
-        `on_logprobs` is called on the last stage, `before_each` before every forward pass of a chunk.
+        `on_outputs` is called on the last stage, `before_each` before every forward pass of a chunk.
         """
         if not microbatches:
             return
@@ -103,12 +103,12 @@ class Schedule:
             def loss(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 work = self._prepare(microbatch, columns)  # while the device computes the body
                 with self._trace.span("head", **place):
-                    logprobs, entropy = self._head(hidden, work)
-                    value = on_logprobs(logprobs, entropy, work) if len(logprobs) else logprobs.sum()
+                    outputs, entropy = self._head(hidden, work, adapter)
+                    value = on_outputs(outputs, entropy, work) if len(outputs) else outputs.sum()
                 if value is not None:
                     self._trace.backward(value, **place)
                 num_tokens = torch.ones((), dtype=torch.int, device=self._groups.device)  # nobody divides by it
-                return logprobs.new_zeros(()) if value is None else value, num_tokens, {}
+                return outputs.new_zeros(()) if value is None else value, num_tokens, {}
 
             return hidden, loss
 
@@ -135,15 +135,18 @@ class Schedule:
         row = Row(layout, to_device(padded.positions, device), int(padded.positions.max()) + 1)
         return run_body(chunk, to_device(padded.tokens, device), row)
 
-    def _head(self, hidden_states: Tensor, work: Work) -> tuple[Tensor, Tensor]:
-        """-> logprobs and entropy of the loss tokens, [N]."""
+    def _head(self, hidden_states: Tensor, work: Work, adapter: Adapter | None) -> tuple[Tensor, Tensor | None]:
+        """-> logprobs and entropy of the loss tokens, [N]; or their values, of a value adapter."""
         hidden, groups = hidden_states[:, 0], self._groups
         if self._model.config.sequence_parallel:
             # The head adds up its gradient over the ranks itself.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=groups.tp)
+        predicting = hidden.index_select(0, work.hidden_index)
+        if adapter is not None and adapter.head == "value":
+            return adapter.values(predicting), None
         assert self._model.head is not None
         return token_logprobs(
-            hidden.index_select(0, work.hidden_index),
+            predicting,
             self._model.head,
             work.targets,
             temperature=self._temperature,
