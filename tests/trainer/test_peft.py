@@ -58,10 +58,12 @@ async def test_learns_exports_and_resumes(
         await trainer.load("policy", tmp_path / "step")
         for again, before in zip(await trainer.logprobs("policy", samples), trained, strict=True):
             np.testing.assert_array_equal(again, before)
-        with pytest.raises(TrainerError, match="policy heads only, got head='value'"):
-            await trainer.create_adapter("critic", LoraConfig(), head="value")
-        with pytest.raises(TrainerError, match="no adapter is named 'critic'"):
+        await trainer.create_adapter("critic", LoraConfig(), head="value")
+        assert not np.concatenate(await trainer.values("critic", samples)).any()
+        with pytest.raises(TrainerError, match="adapter 'critic' has a value head"):
             await trainer.export_adapter("critic")
+        with pytest.raises(TrainerError, match="no adapter is named 'other'"):
+            await trainer.export_adapter("other")
     assert not (tmp_path / "refit" / "refit.safetensors").exists()  # the writer was closed
     assert not multiprocessing.active_children()
 
