@@ -39,6 +39,11 @@ class Report:
         for fact, value in self._facts.items():
             self.line(f"{fact}: {value}")
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """Command, date, machine, versions, load."""
+        return dict(self._facts)
+
     def line(self, text: str = "") -> None:
         """Print one line."""
         print(text, flush=True)

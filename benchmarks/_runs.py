@@ -1,4 +1,4 @@
-"""What several benchmarks need: a run of `rlloop grpo` as a process, its figures, and a model that never stops by itself."""
+"""What several benchmarks need: a run of `rlloop` as a process, its figures, and a model that never stops by itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUICKSTART = HERE.parent / "examples" / "quickstart.toml"
 
 @dataclass
 class Figures:
-    """One run of `rlloop grpo`, from its own files."""
+    """One run, from its own files."""
 
     metrics: list[dict[str, Any]]
     seconds: float
@@ -53,10 +53,10 @@ class Figures:
         return sum(values) / len(values)
 
 
-def run_grpo(run_dir: Path, *flags: str) -> Figures:
+def run_rlloop(algorithm: str, run_dir: Path, *flags: str) -> Figures:
     """Run it to its end; raises CalledProcessError if it fails. An environment of this folder can be named."""
     shutil.rmtree(run_dir, ignore_errors=True)
-    command = [sys.executable, "-m", "rlloop.cli", "grpo", "--run_dir", str(run_dir), *flags]
+    command = [sys.executable, "-m", "rlloop.cli", algorithm, "--run_dir", str(run_dir), *flags]
     subprocess.run(command, check=True, cwd=HERE, stdout=sys.stderr)
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     begin = min(event["start"] for event in events if event["name"] == "rollout")

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from _report import Cell, Report
-from _runs import HERE, Figures, endless_model, run_grpo
+from _runs import HERE, Figures, endless_model, run_rlloop
 from rlloop.envs.arithmetic import Arithmetic
 
 SAMPLES, GOALS = 32, {"transformers": 3.0, "vllm": 1.5}
@@ -50,7 +50,7 @@ def main() -> None:
         arithmetic = Arithmetic()
         prompts.write_text(json.dumps([arithmetic.messages(arithmetic.task(i)) for i in range(4 * options.steps)]))
         for _ in range(options.repeats):
-            ours.append(run_grpo(Path(scratch) / "run", *flags(model, options.steps)))
+            ours.append(run_rlloop("grpo", Path(scratch) / "run", *flags(model, options.steps)))
             for mode in modes:
                 theirs[mode].append(run_trl(model, prompts, mode, options.steps))
     report.table("Samples a second", rates(ours, theirs))

@@ -15,7 +15,7 @@ from statistics import median
 from time import monotonic
 
 from _report import RESULTS, Cell, Report
-from _runs import QUICKSTART, run_grpo
+from _runs import QUICKSTART, run_rlloop
 
 KINDS = ("peft", "megatron")
 
@@ -49,7 +49,7 @@ def main() -> None:
             for kind in KINDS:
                 started = monotonic()
                 settings = ("--trainer.kind", kind, "--seed", str(seed), "--num_steps", str(arguments.steps))
-                figures = run_grpo(Path(scratch) / "run", "--config", str(QUICKSTART), *settings, *flags)
+                figures = run_rlloop("grpo", Path(scratch) / "run", "--config", str(QUICKSTART), *settings, *flags)
                 # None of steps without an update.
                 sampler_kl = [kl for line in figures.metrics if isfinite(kl := line["policy/sampler_kl_mean"])]
                 rewards = curves[kind, seed] = figures.rewards

