@@ -1,7 +1,7 @@
 """PPO with a learned critic on the policy's own base model, asynchronous.
 
     rlloop ppo --config examples/quickstart.toml
-    rlloop ppo --num-epochs 2 --num-minibatches 4 --critic.optim.lr 3e-4
+    rlloop ppo --env reasoning_gym --env_args '{"dataset": "products", "max_terms": 2, "min_digits": 1, "max_digits": 1}'
 
 Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (arXiv 1707.06347), with generalised advantages (Schulman et
 al. 2016, arXiv 1506.02438). One frozen base serves three: the policy is a LoRA adapter, the critic another one with a scalar
@@ -12,7 +12,8 @@ Deviations from the paper:
 * Samples may be `max_staleness` versions old. The clipped ratio is to the trainer's policy before the update, and an importance
   weight (`correction`) makes up for age and for the engine's arithmetic (decoupled PPO, Hilton et al. 2021, arXiv 2110.00641).
   With `--proximal rollout` the ratio is to the policy that sampled, as published.
-* One epoch of one minibatch by default: then every gradient is taken where old and new policy are equal, and nothing is clipped.
+* One epoch, of four minibatches. With a single one every gradient would be taken where old and new policy are equal, so nothing
+  would be clipped, and the critic learns too little from one step a batch.
 * The critic has an optimizer of its own instead of a weight in a common loss.
 
 Expected: SmolLM2-135M-Instruct on `arithmetic` rises from about 0.1 to above 0.9 within 30 steps of 64 samples, and the
@@ -77,7 +78,7 @@ class Config(RunSettings):
     """Importance weights for stale samples and for the engine's arithmetic."""
     num_epochs: int = Field(1, ge=1)
     """Times that a step's samples are used."""
-    num_minibatches: int = Field(1, ge=1)
+    num_minibatches: int = Field(4, ge=1)
     """Optimizer steps of policy and critic each time; prompts are divided among them."""
     max_update_kl: float | None = Field(None, gt=0)
     """End a step's update when a minibatch is this far from the policy before it, in nats a token."""
@@ -98,7 +99,7 @@ class Config(RunSettings):
     def _check_objective(self) -> Config:
         if self.max_update_kl is not None and not self.takes_several_steps:
             raise ValueError(
-                "--max-update-kl: needs --num-epochs or --num-minibatches above 1: one step cannot end early"
+                "--max-update-kl: one optimizer step cannot end early: raise --num-minibatches or --num-epochs"
             )
         if self.proximal == "rollout" and self.correction != CorrectionSettings():
             raise ValueError(

@@ -5,7 +5,8 @@
 
 Each run takes minutes, so each is kept as it ends, in results/<name>.jsonl, and one that is there is not run again; the table and
 the picture show all of them. Settings are examples/quickstart.toml's but for the task, the same for all; `default` is
-`rlloop grpo` without a preset. results/<name>.png: a panel a task, a line the mean over seeds, a band from the lowest to the highest.
+`rlloop grpo` without a preset. results/<name>.png: a panel a task, a line the mean over seeds, a band from the lowest to the
+highest.
 """
 
 from __future__ import annotations

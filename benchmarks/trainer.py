@@ -12,6 +12,7 @@ computed (2 N T forward, 2 N T backward to the activations, since the base is fr
     megatron's layer    the same, with Megatron-Core's own transformer layer in place of FastLayer
     peft                the peft trainer
     varying             the megatron trainer on rows of varying lengths
+    with a critic       the megatron trainer: the step of a policy, then one of a value adapter beside it
     TP2, PP2, TP2xPP2 …  the megatron trainer on several devices; tokens/s of all of them, MFU of one, GB of the fullest
 
 A step is `--rows` microbatches of the shape's samples.
@@ -121,6 +122,10 @@ def policy_gradient(logprobs: torch.Tensor, tokens: TokenBatch) -> tuple[torch.T
     return -(tokens.loss_weights * tokens.advantages * logprobs).sum(), {}
 
 
+def squared_errors(values: torch.Tensor, tokens: TokenBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return (tokens.loss_weights * (values - tokens.advantages).square()).sum(), {}
+
+
 def with_megatrons_layer(context: RankContext, **arguments: Any) -> object:
     from rlloop.trainer.megatron import model
 
@@ -178,11 +183,17 @@ async def measure(
     seconds, inside, rates, losses, found = [], [], [], [], {}
     async with make_trainer(kind, folder, shape) as trainer:
         await trainer.create_adapter("policy", LORA)
+        if kind == "with a critic":
+            await trainer.create_adapter("critic", LORA, head="value")
         for step in range(num_steps + 3):
             batch = batches[step % len(batches)]
             started = time.perf_counter()
             found = await trainer.forward_backward("policy", batch, policy_gradient)
             await trainer.optim_step("policy", ADAM)
+            if kind == "with a critic":
+                critic = await trainer.forward_backward("critic", batch, squared_errors)
+                await trainer.optim_step("critic", ADAM)
+                found["peak_memory_gib"] = critic["peak_memory_gib"]
             if step >= 3:
                 seconds.append(time.perf_counter() - started)
                 inside.append(found["forward_backward_seconds"])

@@ -36,8 +36,6 @@ def batch(advantages: Tensor, rollout_logprobs: Tensor, **fields: Tensor | None)
         "loss_weights": torch.ones_like(advantages),
         "old_logprobs": None,
         "ref_logprobs": None,
-        "old_values": None,
-        "returns": None,
         "sample_index": torch.zeros(len(advantages), dtype=torch.int64),
         "entropy": torch.zeros_like(advantages),
     }

@@ -30,10 +30,12 @@ class TokenBatch:
     ref_logprobs: Tensor | None
     sample_index: Tensor
     """Which of the microbatch's samples each token belongs to, counted from 0; int64. A sample is never cut in two."""
-    old_values: Tensor | None
-    returns: Tensor | None
     entropy: Tensor | None
     """Of the policy's distribution at each token, without gradient; None for a value adapter."""
+    old_values: Tensor | None = None
+    """Before the update."""
+    returns: Tensor | None = None
+    """What values should be."""
 
 
 Loss: TypeAlias = "Callable[[Tensor, TokenBatch], tuple[Tensor, Mapping[str, Tensor]]]"

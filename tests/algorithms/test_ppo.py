@@ -70,7 +70,7 @@ def step(trainer: RecordingTrainer | None = None, **settings: Any) -> tuple[Reco
     async def run() -> None:
         await trainer.create_adapter(POLICY, LoraConfig())
         await trainer.create_adapter(CRITIC, LoraConfig(), "value")
-        found.append(await update(trainer, GROUPS, Config(**settings)))
+        found.append(await update(trainer, GROUPS, Config(**{"num_minibatches": 1, **settings})))
 
     anyio.run(run)
     return trainer, found[0]
@@ -147,7 +147,7 @@ async def test_a_stopped_update_is_made_whole_or_not_at_all(anyio_backend: str, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_update_kl": 0.1}, "--max-update-kl: needs --num-epochs or --num-minibatches above 1"),
+        ({"max_update_kl": 0.1, "num_minibatches": 1}, "--max-update-kl: one optimizer step cannot end early"),
         ({"proximal": "rollout", "correction": {"cap": 3.0}}, "--correction: not used with --proximal rollout"),
         ({"critic": {"clip": 0.0}}, "greater than 0"),
     ],
