@@ -51,7 +51,7 @@ class Toy(MessageEnvironment):
 
 @dataclass
 class RlloopProcess:
-    """`rlloop grpo ...`, leader of a process group of its own as under a terminal."""
+    """`rlloop ...`, leader of a process group of its own as under a terminal."""
 
     run_dir: Path
     popen: subprocess.Popen[str]
@@ -113,12 +113,13 @@ Start = Callable[..., RlloopProcess]
 
 @pytest.fixture(scope="session")
 def start(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """start(run_dir, *flags, model=...) -> RlloopProcess: GRPO, small, on the toy environment unless flags say otherwise."""
+    """start(run_dir, *flags, model=..., algorithm=...) -> RlloopProcess: small, on the toy environment unless flags say
+    otherwise."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "toy.py").write_text(TOY)
     started: list[RlloopProcess] = []
 
-    def start_one(run_dir: Path, *flags: str, model: str | Path = tiny_llama) -> RlloopProcess:
+    def start_one(run_dir: Path, *flags: str, model: str | Path = tiny_llama, algorithm: str = "grpo") -> RlloopProcess:
         output = folder / f"output-{len(started)}.txt"
         settings = {
             "model": model,
@@ -135,7 +136,7 @@ def start(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             "checkpoint.every": 1,
             "checkpoint.keep": 99,
         }
-        command = [sys.executable, "-m", "rlloop.cli", "grpo"]
+        command = [sys.executable, "-m", "rlloop.cli", algorithm]
         given = {flag.removeprefix("--").replace("-", "_") for flag in flags[::2]}
         for name, value in settings.items():
             if name not in given:
