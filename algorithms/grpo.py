@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from rlloop.advantages import constant_weights, sequence_weights, token_weights
-from rlloop.config import CorrectionSettings, RunSettings
+from rlloop.config import PolicySettings
 from rlloop.plugins import is_path, load_object, name_or_path
 from rlloop.run import POLICY, open_run, run
 from rlloop.samples import (
@@ -69,7 +69,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class Config(RunSettings):
+class Config(PolicySettings):
     """GRPO and its family: group-relative policy optimisation, asynchronous."""
 
     preset: Literal["grpo", "dr_grpo", "dapo", "gspo", "gmpo", "cispo", "rloo", "reinforce_pp"] | None = None
@@ -82,21 +82,6 @@ class Config(RunSettings):
     """clipped, sequence_clipped, clipped_weight, geometric_clipped, or a `module:function` that takes what they take."""
     normalisation: Literal["token", "sequence", "constant"] = "token"
     """What counts the same in the loss: every token of a step, every sample, or a token of any step (1 / max_tokens)."""
-    proximal: Literal["trainer", "rollout"] = "trainer"
-    """The policy that the clipped ratio is to: the trainer's before the update, beside the correction, or the one that sampled,
-    which needs none."""
-    clip_low: float = Field(0.2, gt=0)
-    """The ratio is clipped below 1 - clip_low (geometric_clipped: exp(-clip_low))."""
-    clip_high: float = Field(0.2, gt=0)
-    """The ratio is clipped above 1 + clip_high (geometric_clipped: exp(clip_high))."""
-    correction: CorrectionSettings = CorrectionSettings()
-    """Importance weights for stale samples and for the engine's arithmetic."""
-    kl_coef: float = Field(0.0, ge=0)
-    """Weight of the KL divergence to the base model."""
-    kl_in: Literal["loss", "reward"] = "loss"
-    """Whether that is added to the loss of each token, or taken off the reward of each rollout."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """How it is estimated at each token, in the loss; in the reward it is k1."""
     overlong_buffer: float = Field(0.0, ge=0, lt=1)
     """Over this share of `sampling.max_tokens` before the limit, a completion's reward falls by up to 1."""
     mask_truncated: bool = False
@@ -111,10 +96,6 @@ class Config(RunSettings):
     def _check_objective(self) -> Config:
         if self.clip_low > 1 and self.loss in ("clipped", "sequence_clipped", "clipped_weight"):
             raise ValueError(f"--clip-low: expected at most 1 with --loss {self.loss}, got {self.clip_low}")
-        if self.proximal == "rollout" and self.correction != CorrectionSettings():
-            raise ValueError(
-                "--correction: not used with --proximal rollout, whose ratio is to the policy that sampled"
-            )
         if self.dynamic_sampling and (
             self.advantage == "raw" or self.whiten or (self.kl_coef and self.kl_in == "reward")
         ):

@@ -32,7 +32,7 @@ from anyio import CancelScope
 from pydantic import Field, model_validator
 
 from rlloop.advantages import explained_variance, raw_rewards, token_weights
-from rlloop.config import CorrectionSettings, LoraSettings, OptimSettings, RunSettings, Settings
+from rlloop.config import LoraSettings, OptimSettings, PolicySettings, Settings
 from rlloop.run import POLICY, open_run, run
 from rlloop.samples import (
     make_samples,
@@ -58,7 +58,7 @@ class CriticSettings(Settings):
     """Hold values within this of the old ones in the loss; without it they are not held."""
 
 
-class Config(RunSettings):
+class Config(PolicySettings):
     """PPO with a learned critic on the policy's own base model, asynchronous."""
 
     discount: float = Field(1.0, gt=0, le=1)
@@ -67,27 +67,14 @@ class Config(RunSettings):
     """Between the critic's word one token ahead (0) and the rollout's own reward (1) (lambda)."""
     whiten: bool = True
     """Bring the advantages of a step's tokens to mean 0 and standard deviation 1."""
-    clip_low: float = Field(0.2, gt=0, le=1)
-    """The ratio is clipped below 1 - clip_low."""
-    clip_high: float = Field(0.2, gt=0)
-    """The ratio is clipped above 1 + clip_high."""
-    proximal: Literal["trainer", "rollout"] = "trainer"
-    """The policy that the clipped ratio is to: the trainer's before the update, beside the correction, or the one that sampled,
-    which needs none."""
-    correction: CorrectionSettings = CorrectionSettings()
-    """Importance weights for stale samples and for the engine's arithmetic."""
     num_epochs: int = Field(1, ge=1)
     """Times that a step's samples are used."""
     num_minibatches: int = Field(4, ge=1)
     """Optimizer steps of policy and critic each time; prompts are divided among them."""
     max_update_kl: float | None = Field(None, gt=0)
     """End a step's update when a minibatch is this far from the policy before it, in nats a token."""
-    kl_coef: float = Field(0.0, ge=0)
-    """Weight of the KL divergence to the base model."""
     kl_in: Literal["loss", "reward"] = "reward"
-    """Whether that is added to the loss of each token, or taken off its reward."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """How it is estimated at each token, in the loss; in the reward it is k1."""
+    """Whether the penalty is added to the loss of each token, or taken off its reward."""
     critic: CriticSettings = CriticSettings()
 
     @property
@@ -97,13 +84,11 @@ class Config(RunSettings):
 
     @model_validator(mode="after")
     def _check_objective(self) -> Config:
+        if self.dynamic_sampling:
+            raise ValueError("--dynamic-sampling: groups whose rewards are all equal do teach where there is a critic")
         if self.max_update_kl is not None and not self.takes_several_steps:
             raise ValueError(
                 "--max-update-kl: one optimizer step cannot end early: raise --num-minibatches or --num-epochs"
-            )
-        if self.proximal == "rollout" and self.correction != CorrectionSettings():
-            raise ValueError(
-                "--correction: not used with --proximal rollout, whose ratio is to the policy that sampled"
             )
         return self
 

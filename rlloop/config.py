@@ -309,6 +309,34 @@ class RunSettings(Settings):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
+class PolicySettings(RunSettings):
+    """What `rlloop.losses.policy_loss` is bound with, beside the surrogate."""
+
+    clip_low: float = Field(0.2, gt=0)
+    """The ratio is clipped below 1 - clip_low (geometric_clipped: exp(-clip_low))."""
+    clip_high: float = Field(0.2, gt=0)
+    """The ratio is clipped above 1 + clip_high (geometric_clipped: exp(clip_high))."""
+    proximal: Literal["trainer", "rollout"] = "trainer"
+    """The policy that the clipped ratio is to: the trainer's before the update, beside the correction, or the one that sampled,
+    which needs none."""
+    correction: CorrectionSettings = CorrectionSettings()
+    """Importance weights for stale samples and for the engine's arithmetic."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the KL divergence to the base model."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Whether that is added to the loss of each token, or taken off the reward of each rollout."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How it is estimated at each token, in the loss; in the reward it is k1."""
+
+    @model_validator(mode="after")
+    def _check_proximal(self) -> PolicySettings:
+        if self.proximal == "rollout" and self.correction != CorrectionSettings():
+            raise ValueError(
+                "--correction: not used with --proximal rollout, whose ratio is to the policy that sampled"
+            )
+        return self
+
+
 SettingsT = TypeVar("SettingsT", bound=RunSettings)
 
 

@@ -149,6 +149,7 @@ async def test_a_stopped_update_is_made_whole_or_not_at_all(anyio_backend: str, 
     [
         ({"max_update_kl": 0.1, "num_minibatches": 1}, "--max-update-kl: one optimizer step cannot end early"),
         ({"proximal": "rollout", "correction": {"cap": 3.0}}, "--correction: not used with --proximal rollout"),
+        ({"dynamic_sampling": 1.0}, "--dynamic-sampling: groups whose rewards are all equal do teach"),
         ({"critic": {"clip": 0.0}}, "greater than 0"),
     ],
 )
