@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from math import nan
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -42,7 +43,7 @@ from rlloop.samples import (
 )
 from rlloop.trainer import Trainer
 from rlloop.types import Group, Metrics
-from rlloop.updates import optimizer_step, warn_if_stale
+from rlloop.updates import adapted_kl_coef, optimizer_step, warn_if_stale
 
 ADVANTAGES = {
     "normalised": "rlloop.advantages:group_normalised",
@@ -106,16 +107,17 @@ class Config(PolicySettings):
         return self
 
 
-async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metrics:
-    """One optimizer step on the groups of one step."""
+async def update(trainer: Trainer, groups: list[Group], config: Config, state: dict[str, float]) -> Metrics:
+    """One optimizer step on the groups of one step; `state` is the run's."""
     from rlloop.losses import policy_loss  # imports torch, which `rlloop --help` need not wait for
 
     max_tokens = config.sampling.max_tokens
     if config.overlong_buffer:
         groups = with_overlong_penalty(groups, max_tokens=max_tokens, buffer=config.overlong_buffer * max_tokens)
-    found: Metrics = {}
-    if config.kl_coef and config.kl_in == "reward":
-        groups, found["policy/kl_ref"] = await with_kl_penalty(trainer, groups, config.kl_coef)
+    kl_coef = state.get("kl_coef", config.kl_coef)
+    found: Metrics = {"policy/kl_coef": kl_coef} if kl_coef else {}
+    if kl_coef and config.kl_in == "reward":
+        groups, found["policy/kl_ref"] = await with_kl_penalty(trainer, groups, kl_coef)
     if config.mask_truncated:
         groups = without_truncated(groups)
     advantages = load_object(ADVANTAGES.get(config.advantage, config.advantage))
@@ -125,8 +127,8 @@ async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metri
         "constant": partial(constant_weights, max_tokens=max_tokens),
     }
     samples = make_samples(groups, advantages, weights[config.normalisation], whiten=config.whiten)
-    kl_coef = config.kl_coef if config.kl_in == "loss" else 0.0
-    if kl_coef:
+    kl_in_loss = kl_coef if config.kl_in == "loss" else 0.0
+    if kl_in_loss:
         samples = await with_ref_logprobs(trainer, samples)
     elif config.loss in SURROGATES:  # one of somebody's own may not be proportional to the advantage
         samples = without_signal_free(samples)
@@ -136,13 +138,14 @@ async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metri
         surrogate=partial(surrogate, clip_low=config.clip_low, clip_high=config.clip_high),
         proximal=config.proximal,
         correction=config.correction.model_dump(),
-        kl_coef=kl_coef,
+        kl_coef=kl_in_loss,
         kl_estimator=config.kl_estimator,
     )
-    metrics = await optimizer_step(trainer, POLICY, samples, loss, config.optim.adam)
+    metrics = await optimizer_step(trainer, POLICY, samples, loss, config.optim.adam) | found
+    state["kl_coef"] = adapted_kl_coef(kl_coef, metrics.get("policy/kl_ref", nan), config.kl_target)
     if config.correction.bound == "none" and config.proximal == "trainer":
         warn_if_stale(metrics)
-    return metrics | found
+    return metrics
 
 
 async def train(config: Config, marker: str) -> None:
@@ -150,7 +153,7 @@ async def train(config: Config, marker: str) -> None:
     for path in filter(is_path, (config.advantage, config.loss)):
         load_object(path)  # before the ranks start: they search where this process does
     async with open_run(config, marker) as grpo:
-        await grpo.train(partial(update, config=config))
+        await grpo.train(partial(update, config=config, state=grpo.state))
 
 
 def main(config: Config | None = None) -> None:

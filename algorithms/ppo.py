@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from math import nan
 from time import monotonic
 from typing import Literal
 
@@ -44,7 +45,7 @@ from rlloop.samples import (
 )
 from rlloop.trainer import Trainer
 from rlloop.types import Group, LoraConfig, Metrics
-from rlloop.updates import merged, optimizer_step, value_step, warn_if_stale
+from rlloop.updates import adapted_kl_coef, merged, optimizer_step, value_step, warn_if_stale
 
 CRITIC = "critic"
 
@@ -93,15 +94,16 @@ class Config(PolicySettings):
         return self
 
 
-async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metrics:
-    """Policy and critic learn from the groups of one step."""
+async def update(trainer: Trainer, groups: list[Group], config: Config, state: dict[str, float]) -> Metrics:
+    """Policy and critic learn from the groups of one step; `state` is the run's."""
     from rlloop.losses import clipped, policy_loss, value_loss  # torch, which `rlloop --help` need not wait for
 
     samples = make_samples(groups, raw_rewards, token_weights)
     started = monotonic()
     samples = await with_values(trainer, CRITIC, samples)
     found: Metrics = {"time/value": monotonic() - started}
-    if config.kl_coef:
+    if kl_coef := state.get("kl_coef", config.kl_coef):
+        found["policy/kl_coef"] = kl_coef
         samples = await with_ref_logprobs(trainer, samples)
     if config.takes_several_steps:
         samples = await with_old_logprobs(trainer, POLICY, samples)
@@ -109,7 +111,7 @@ async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metri
         samples,
         discount=config.discount,
         trace_decay=config.trace_decay,
-        kl_coef=config.kl_coef if config.kl_in == "reward" else 0.0,
+        kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
         whiten=config.whiten,
     )
     values, returns = (
@@ -123,7 +125,7 @@ async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metri
             surrogate=partial(clipped, clip_low=config.clip_low, clip_high=config.clip_high),
             proximal=config.proximal,
             correction=config.correction.model_dump(),
-            kl_coef=config.kl_coef if config.kl_in == "loss" else 0.0,
+            kl_coef=kl_coef if config.kl_in == "loss" else 0.0,
             kl_estimator=config.kl_estimator,
         ),
         CRITIC: partial(value_loss, clip=config.critic.clip),
@@ -139,6 +141,7 @@ async def update(trainer: Trainer, groups: list[Group], config: Config) -> Metri
             if config.max_update_kl is not None and step["policy/update_kl"] > config.max_update_kl:
                 break
     metrics = merged(steps)
+    state["kl_coef"] = adapted_kl_coef(kl_coef, metrics.get("policy/kl_ref", nan), config.kl_target)
     if config.correction.bound == "none" and config.proximal == "trainer":
         warn_if_stale(metrics)
     return metrics
@@ -148,7 +151,7 @@ async def train(config: Config, marker: str) -> None:
     """Train under a running event loop; `marker` is that of `rlloop.processes.guard`."""
     critic = LoraConfig(**dict(config.critic.lora), seed=config.seed)
     async with open_run(config, marker, {CRITIC: (critic, "value")}) as ppo:
-        await ppo.train(partial(update, config=config))
+        await ppo.train(partial(update, config=config, state=ppo.state))
 
 
 def main(config: Config | None = None) -> None:

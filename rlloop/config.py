@@ -323,13 +323,17 @@ class PolicySettings(RunSettings):
     """Importance weights for stale samples and for the engine's arithmetic."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the KL divergence to the base model."""
+    kl_target: float | None = Field(None, gt=0)
+    """Adapt that weight after every step, so that the divergence comes to this, in nats a token."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Whether that is added to the loss of each token, or taken off the reward of each rollout."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """How it is estimated at each token, in the loss; in the reward it is k1."""
 
     @model_validator(mode="after")
-    def _check_proximal(self) -> PolicySettings:
+    def _check_policy(self) -> PolicySettings:
+        if self.kl_target is not None and not self.kl_coef:
+            raise ValueError("--kl-target: needs a --kl-coef above 0 to begin with")
         if self.proximal == "rollout" and self.correction != CorrectionSettings():
             raise ValueError(
                 "--correction: not used with --proximal rollout, whose ratio is to the policy that sampled"

@@ -72,6 +72,8 @@ class Run:
     fingerprint: str
     adapters: tuple[str, ...]
     """All that are saved."""
+    state: dict[str, float]
+    """What an algorithm keeps between steps beside adapters; saved with them."""
 
     async def train(self, update: Update) -> None:
         """Run the loop to its last step. A checkpoint is written every so often, and at the end however it comes."""
@@ -151,6 +153,7 @@ class Run:
             "config_sha256": self.directory.config_sha256,
             "fingerprint": self.fingerprint,
             "totals": self._metrics.totals,
+            "state": self.state,
         }
         with self.events.span("checkpoint", "checkpoint", policy_version=version):
             await write_checkpoint(
@@ -222,6 +225,7 @@ async def open_run(settings: RunSettings, marker: str, adapters: Adapters | None
             totals=checkpoint.manifest["totals"] if checkpoint else {},
             fingerprint=tasks_fingerprint,
             adapters=tuple(all_adapters),
+            state=checkpoint.manifest.get("state", {}) if checkpoint else {},
         )
 
 

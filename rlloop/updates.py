@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from math import isfinite
 from time import monotonic
 
 from anyio import CancelScope
@@ -24,6 +25,18 @@ PER_TOKEN = {
 """Documented metric -> what a trainer made of the loss's per-token metrics."""
 _MULTISTEP = {"policy/update_kl": "update_kl/mean"}
 """Likewise, only where a batch is used for several steps."""
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target: float | None) -> float:
+    """The next step's weight of a KL penalty, after one whose divergence was `kl`: kl_coef * (1 + 0.1 * e), with e the relative
+    error kl / target - 1 within +-0.2.
+
+    Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences" (arXiv 1909.08593, section 2.2). Without a target,
+    or where there was no divergence to measure (NaN), the weight stays.
+    """
+    if target is None or not isfinite(kl):
+        return kl_coef
+    return kl_coef * (1 + 0.1 * max(-0.2, min(0.2, kl / target - 1)))
 
 
 HIGH_SAMPLER_KL = 0.01

@@ -178,6 +178,7 @@ async def open_fake_run(config: RunSettings, scorer: Any = None, moment: Moment 
                 totals=checkpoint.manifest["totals"] if checkpoint else {},
                 fingerprint="fingerprint",
                 adapters=tuple(adapters),
+                state=checkpoint.manifest["state"] if checkpoint else {},
             )
         finally:
             tracker.close()
@@ -197,7 +198,9 @@ def make_settings(run_dir: Path, kind: type[SettingsT] = RunSettings, **changes:
 def train(config: RunSettings, moment: Moment = nothing, scorer: Any = None) -> None:
     async def main() -> None:
         async with stop_on_signals(), open_fake_run(config, scorer, moment) as fake:
-            await fake.train(partial(ppo.update, config=config) if isinstance(config, ppo.Config) else update)
+            await fake.train(
+                partial(ppo.update, config=config, state=fake.state) if isinstance(config, ppo.Config) else update
+            )
 
     anyio.run(main)
 

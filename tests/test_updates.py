@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rlloop.types import AdamConfig, Metrics, OptimResult, Sample
-from rlloop.updates import PER_TOKEN, merged, optimizer_step, value_step, warn_if_stale
+from rlloop.updates import PER_TOKEN, adapted_kl_coef, merged, optimizer_step, value_step, warn_if_stale
 
 ADAM = AdamConfig(lr=0.25)
 
@@ -114,3 +114,12 @@ def test_merged_steps() -> None:
     expected = {"loss/policy": 1.5, "optim/skipped_steps": 2.0, "time/optimizer": 0.75, "policy/sampler_kl_max": 0.5}
     assert merged(steps) == expected
     assert merged([{"value/mean": 3.0}, *steps]) == {"value/mean": 3.0, **expected}
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [(0.11, 0.5 * 1.01), (0.05, 0.5 * 0.98), (0.5, 0.5 * 1.02), (0.1, 0.5), (float("nan"), 0.5)],
+)
+def test_adapted_kl_coef(kl: float, expected: float) -> None:
+    assert adapted_kl_coef(0.5, kl, 0.1) == pytest.approx(expected, abs=1e-12)
+    assert adapted_kl_coef(0.5, kl, None) == 0.5

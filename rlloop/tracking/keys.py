@@ -111,6 +111,7 @@ DOCUMENTED: dict[str, Metric] = {
 """In every line of metrics.jsonl."""
 
 OPTIONAL: dict[str, Metric] = {
+    "policy/kl_coef": Metric("", "Weight of the KL penalty in this step.", "kl_coef"),
     "loss/value": Metric("reward²", "The critic's loss, as it was differentiated.", "value_loss"),
     "value/explained_variance": Metric(
         "fraction", "How much of the returns' variance the critic's values explained, before its update; 1 is all."

@@ -66,7 +66,7 @@ def step(**settings: Any) -> RecordingTrainer:
 
     async def run() -> None:
         await trainer.create_adapter("policy", LoraConfig())
-        trainer.metrics = await update(trainer, GROUPS, Config(**settings, sampling={"max_tokens": 10}))
+        trainer.metrics = await update(trainer, GROUPS, Config(**settings, sampling={"max_tokens": 10}), {})
 
     anyio.run(run)
     return trainer

@@ -70,7 +70,7 @@ def step(trainer: RecordingTrainer | None = None, **settings: Any) -> tuple[Reco
     async def run() -> None:
         await trainer.create_adapter(POLICY, LoraConfig())
         await trainer.create_adapter(CRITIC, LoraConfig(), "value")
-        found.append(await update(trainer, GROUPS, Config(**{"num_minibatches": 1, **settings})))
+        found.append(await update(trainer, GROUPS, Config(**{"num_minibatches": 1, **settings}), {}))
 
     anyio.run(run)
     return trainer, found[0]
@@ -137,7 +137,7 @@ async def test_a_stopped_update_is_made_whole_or_not_at_all(anyio_backend: str, 
     await trainer.create_adapter(CRITIC, LoraConfig(), "value")
     returned = False
     with scope:
-        await update(trainer, GROUPS, Config(num_epochs=1, num_minibatches=2))
+        await update(trainer, GROUPS, Config(num_epochs=1, num_minibatches=2), {})
         returned = True
     # values, logprobs, forward_backward; then the first optimizer step, from which on it goes to its end.
     assert trainer.steps == dict.fromkeys((POLICY, CRITIC), 2 if at >= 3 else 0)
@@ -165,3 +165,18 @@ def test_without_a_correction_stale_samples_are_warned_of(caplog: pytest.LogCapt
 
     step(Stale(), correction={"bound": "none"})
     assert "nothing corrects for it" in caplog.text
+
+
+def test_the_penaltys_weight_is_adapted_from_step_to_step() -> None:
+    class Far(RecordingTrainer):
+        async def forward_backward(self, name: str, samples: Sequence[Sample], loss: Loss) -> Metrics:
+            return await super().forward_backward(name, samples, loss) | {"kl_ref/mean": 0.5}
+
+    async def steps() -> list[float]:
+        trainer, state = Far(), {}
+        await trainer.create_adapter(POLICY, LoraConfig())
+        await trainer.create_adapter(CRITIC, LoraConfig(), "value")
+        config = Config(kl_coef=0.1, kl_target=0.1)
+        return [(await update(trainer, GROUPS, config, state))["policy/kl_coef"] for _ in range(3)]
+
+    assert anyio.run(steps) == pytest.approx([0.1, 0.102, 0.10404])

@@ -444,7 +444,7 @@ def updates(
         async def update() -> None:
             await trainer.create_adapter("policy", LORA)
             await trainer.create_adapter("critic", OTHER, "value")
-            metrics = await ppo.update(trainer, groups, config)
+            metrics = await ppo.update(trainer, groups, config, {})
             logprobs = np.concatenate(await trainer.logprobs("policy", samples))
             values = np.concatenate(await trainer.values("critic", samples))
             await trainer.save("critic", folder)
