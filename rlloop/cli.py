@@ -10,8 +10,9 @@ import sys
 from types import ModuleType
 
 from rlloop import __version__
-from rlloop.config import RunSettings, parse
+from rlloop.config import RunSettings
 from rlloop.errors import ConfigError, RlloopError, Stopped
+from rlloop.flags import parse
 
 ALGORITHMS = "rlloop.algorithms"  # a name, not an import: the library knows no algorithm
 

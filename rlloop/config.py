@@ -1,4 +1,4 @@
-"""Typed, immutable settings; one file (`--config`) plus flags. Unknown keys are refused with a suggestion."""
+"""Typed, immutable settings. Unknown keys are refused with a suggestion."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_config import BaseConfig, ConfigFileError, cli
+from pydantic_config import BaseConfig
 
-from rlloop.errors import ConfigError
 from rlloop.types import AdamConfig, LoraConfig
 
 
@@ -203,7 +202,18 @@ class EnvironmentSettings(Settings):
     """A group with fewer rollouts left after failures is dropped."""
 
 
-_TABLE = "a table, as JSON such as '{\"max_operand\": 20}'"
+class EvaluationSettings(Settings):
+    """Held-out prompts, answered by a policy version while training goes on."""
+
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0: none. The base model, version 0, is evaluated too."""
+    num_prompts: int = Field(64, ge=1)
+    """The environment's last tasks, which are then not trained on."""
+    group_size: int = Field(1, ge=1)
+    """Rollouts of each prompt."""
+
+
+TABLE = "a table, as JSON such as '{\"max_operand\": 20}'"
 
 
 def _from_json(value: Any) -> Any:
@@ -212,9 +222,9 @@ def _from_json(value: Any) -> Any:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"expected {_TABLE}: {error}") from error
+            raise ValueError(f"expected {TABLE}: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"expected {_TABLE}, got {value!r}")
+        raise ValueError(f"expected {TABLE}, got {value!r}")
     return value
 
 
@@ -260,6 +270,7 @@ class RunSettings(Settings):
     optim: OptimSettings = OptimSettings()
     refit: RefitSettings = RefitSettings()
     environment: EnvironmentSettings = EnvironmentSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -301,8 +312,14 @@ class RunSettings(Settings):
 
     @property
     def num_versions(self) -> int:
-        """Policy versions that the engine must hold at once: all that a group may still use, and the one that comes."""
-        return self.staleness_limit + 2
+        """Policy versions that the engine must hold at once: all that a group may still use, the one that is evaluated, and the
+        one that comes."""
+        return self.staleness_limit + 2 + bool(self.evaluation.every)
+
+    @property
+    def num_held_out(self) -> int:
+        """The environment's last tasks."""
+        return self.evaluation.num_prompts if self.evaluation.every else 0
 
     def to_toml(self) -> str:
         """The resolved settings, as a file that `--config` reads."""
@@ -342,47 +359,3 @@ class PolicySettings(RunSettings):
 
 
 SettingsT = TypeVar("SettingsT", bound=RunSettings)
-
-
-def parse(settings: type[SettingsT], args: list[str], prog: str) -> tuple[SettingsT, bool]:
-    """Command line -> (settings, whether --dry-run was given).
-
-    Flags win over `--config FILE`, which wins over defaults. Raises ConfigError, whose message names the flag, what was
-    expected and what came; `--help` prints and exits.
-    """
-    dry_run = "--dry-run" in args or "--dry_run" in args
-    rest: list[str] = []
-    pending = iter([a for a in args if a not in ("--dry-run", "--dry_run")])
-    for argument in pending:
-        name, equals, value = argument.partition("=")
-        if name == "--config":
-            file = value if equals else next(pending, None)
-            if not file:
-                raise ConfigError("--config: expected a TOML, YAML or JSON file, got nothing")
-            rest += ["@", file]
-        else:
-            rest.append(argument)
-    for flag, other in (("--resume", "--overwrite"), ("--overwrite", "--resume")):
-        if flag in rest and other not in rest:  # they exclude each other, and a flag wins over a file
-            rest.append(f"--no-{other[2:]}")
-    epilog = (
-        "\n\n--config FILE reads settings from a TOML file; flags win over it. --dry-run prints the resolved settings."
-    )
-    try:
-        resolved = cli(settings, args=rest, prog=prog, description=(settings.__doc__ or "").strip() + epilog)
-    except ConfigFileError as error:
-        raise ConfigError(_readable(str(error))) from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{rest[rest.index(error.doc) - 1]}: expected {_TABLE}: {error} (got {error.doc!r})"
-        ) from error
-    return resolved, dry_run
-
-
-def _readable(message: str) -> str:
-    """pydantic_config's message, as one line for each setting that is wrong."""
-    header, *lines = message.splitlines()
-    if not header.startswith("Failed to validate config"):
-        return message
-    text = "\n".join(lines).replace("\n  ", ": ").replace("<root>: ", "").replace("Value error, ", "")
-    return text.replace("Extra inputs are not permitted", "no such setting")

@@ -21,7 +21,8 @@ from rlloop.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
 from rlloop.config import RunSettings
 from rlloop.engine import Engine
 from rlloop.environment import Environment, load_environment
-from rlloop.errors import CheckpointError, RankDied, RlloopError
+from rlloop.errors import CheckpointError, ConfigError, RankDied, RlloopError
+from rlloop.evaluation import Evaluation
 from rlloop.events import Events
 from rlloop.ledger import Ledger, fingerprint
 from rlloop.loop import Loop, Step
@@ -31,7 +32,7 @@ from rlloop.placement import Placement, place
 from rlloop.processes import guard, shared_memory_prefix
 from rlloop.refit.publisher import Refit
 from rlloop.rewards import Scorer
-from rlloop.rollouts import sample_group
+from rlloop.rollouts import derive_seed, sample_group
 from rlloop.run_directory import RunDirectory, open_run_directory
 from rlloop.signals import stop_on_signals
 from rlloop.staleness import Backlog
@@ -95,18 +96,21 @@ class Run:
         self._metrics.totals.update(self.totals)
         self._saved = self.first_step
         self._checkpoint_seconds = 0.0
-        try:
-            await self.refit.publish(self.first_step)
-            await loop.run()
-        except BaseException:
-            with CancelScope(shield=True):
-                try:
-                    await self._save()
-                # The trainer may be what died; the first error is the one to raise.
-                except (CheckpointError, RankDied) as error:
-                    logging.getLogger(__name__).error("what came after step %d is lost: %s", self._saved, error)
-            raise
-        await self._save()
+        self._evaluation = self._open_evaluation()
+        async with create_task_group() as self._tasks:
+            try:
+                await self.refit.publish(self.first_step)
+                await self._evaluate(self.first_step)
+                await loop.run()
+            except BaseException:
+                with CancelScope(shield=True):
+                    try:
+                        await self._save()
+                    # The trainer may be what died; the first error is the one to raise.
+                    except (CheckpointError, RankDied) as error:
+                        logging.getLogger(__name__).error("what came after step %d is lost: %s", self._saved, error)
+                raise
+            await self._save()  # the last evaluation may take its time
 
     def task(self, index: int) -> Any:
         """See `Stages.task`."""
@@ -114,6 +118,9 @@ class Run:
 
     async def sample(self, prompt: Prompt, version: int) -> Group:
         """See `Stages.sample`."""
+        return await self._sample(self.settings, prompt, version)
+
+    async def _sample(self, settings: RunSettings, prompt: Prompt, version: int) -> Group:
         return await sample_group(
             prompt,
             environment=self.environment,
@@ -121,7 +128,7 @@ class Run:
             engine=self.engine,
             tokenizer=self.tokenizer,
             policy_version=version,
-            settings=self.settings,
+            settings=settings,
             events=self.events,
         )
 
@@ -138,10 +145,27 @@ class Run:
 
     async def checkpoint(self, step: int) -> None:
         """See `Stages.checkpoint`."""
+        await self._evaluate(step)
         if step % self.settings.checkpoint.every == 0:
             started = monotonic()
             await self._save()
             self._checkpoint_seconds = monotonic() - started
+
+    def _open_evaluation(self) -> Evaluation | None:
+        settings = self.settings
+        if not settings.num_held_out:
+            return None
+        first = self.ledger.num_tasks
+        prompts = [
+            Prompt(index, index, derive_seed(settings.seed, index), self.environment.task(index))
+            for index in range(first, first + settings.num_held_out)
+        ]
+        sample = partial(self._sample, settings.model_copy(update={"group_size": settings.evaluation.group_size}))
+        return Evaluation(prompts, sample, self.refit, self.tracker.evaluation)
+
+    async def _evaluate(self, version: int) -> None:
+        if self._evaluation is not None and version % self.settings.evaluation.every == 0:
+            await self._evaluation.start(self._tasks)
 
     async def _save(self) -> None:
         version = self.loop.version
@@ -291,7 +315,12 @@ def _adapter_folder(checkpoint: Path, name: str) -> Path:
 
 
 def _open_ledger(settings: RunSettings, environment: Environment, checkpoint: Checkpoint | None) -> tuple[Ledger, str]:
-    num_tasks = len(environment)
+    num_tasks = len(environment) - settings.num_held_out
+    if num_tasks < 1:
+        raise ConfigError(
+            f"--evaluation.num-prompts: expected less than the environment's {len(environment)} tasks, "
+            f"got {settings.num_held_out}"
+        )
     tasks = [environment.task(index) for index in range(min(num_tasks, 16))]
     identity = fingerprint(settings.env, settings.all_env_args, num_tasks, tasks)
     if checkpoint is None:

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from rlloop.cli import main
-from rlloop.config import RunSettings, parse
+from rlloop.config import RunSettings
 from rlloop.errors import ConfigError
+from rlloop.flags import parse
 
 # Arguments, and what the message must say: the flag, what was expected, what came.
 BAD_FLAGS = {

@@ -23,7 +23,7 @@ FOLDERS = {"rlloop": "rlloop", "rlloop.algorithms": "algorithms", "rlloop.envs":
 # A module may import from its own row and from rows above it.
 LAYERS = (
     ("errors", "types", "processes", "signals", "plugins"),
-    ("config", "tracking", "staleness", "ledger"),
+    ("config", "flags", "tracking", "staleness", "ledger"),
     (
         "corrections",
         "advantages",
@@ -38,7 +38,7 @@ LAYERS = (
     ),
     ("engine", "trainer", "checkpoint", "run_directory"),
     ("refit",),
-    ("rollouts", "samples", "updates", "loop", "metrics"),
+    ("rollouts", "samples", "updates", "loop", "metrics", "evaluation"),
     ("run", "algorithms", "cli"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}

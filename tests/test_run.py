@@ -465,7 +465,72 @@ class EqualScores:
 
 
 def test_groups_without_a_signal_are_replaced_up_to_a_share_of_the_step(tmp_path: Path) -> None:
-    train(make_settings(tmp_path / "run", dynamic_sampling=0.4), scorer=EqualScores())
+    # Synchronous: else groups of a step that end while the step before has had its share are not replaced.
+    train(make_settings(tmp_path / "run", dynamic_sampling=0.4, max_staleness=0), scorer=EqualScores())
     lines = read_metrics(tmp_path / "run")
     assert len(lines) == 6
-    assert 4 <= sum(line["async/dropped_filtered"] for line in lines) <= 6  # one of two groups, each step
+    assert [line["async/dropped_filtered"] for line in lines] == [1.0] * 6  # one of two groups, each step
+
+
+# --- Held-out prompts ---------------------------------------------------------------------------------------------------
+
+
+def evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    return list(jsonl.read(run_dir / "evaluations.jsonl"))
+
+
+HELD_OUT = {"every": 2, "num_prompts": 2, "group_size": 3}
+
+
+def test_held_out_prompts_are_answered_by_pinned_versions_and_never_trained_on(tmp_path: Path) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Noting(Scores):
+        async def score(self, task: Any, rollout: Rollout) -> float | Failure:
+            asked.append((task, rollout.policy_version))
+            return await super().score(task, rollout)
+
+    config = make_settings(tmp_path / "run", evaluation=HELD_OUT)
+    train(config, scorer=Noting())
+    found = evaluations(config.run_dir)
+    assert [line["policy_version"] for line in found] == [0, 2, 4, 6]
+    for line in found:
+        assert (line["eval/prompts"], line["eval/failures"]) == (2, 0)
+        assert line["eval/mean_length"] > 0
+        assert line["time/eval"] > 0
+        of_it = [task for task, version in asked if version == line["policy_version"] and task >= NUM_TASKS]
+        assert sorted(of_it) == [NUM_TASKS] * 3 + [NUM_TASKS + 1] * 3
+    assert len(read_metrics(config.run_dir)) == 6
+    saved = newest_checkpoint(config.run_dir)
+    assert saved is not None
+    assert saved.step == 6
+
+
+def test_training_goes_on_during_an_evaluation_which_keeps_its_version(tmp_path: Path) -> None:
+    """The base model's answers to held-out prompts are scored only when version 2 samples."""
+    config = make_settings(tmp_path / "run", evaluation={**HELD_OUT, "every": 3}, max_staleness=0)
+
+    class Slow(Scores):
+        later = anyio.Event()
+
+        async def score(self, task: Any, rollout: Rollout) -> float | Failure:
+            if rollout.policy_version == 2:
+                self.later.set()
+            if task >= NUM_TASKS and rollout.policy_version == 0:
+                await self.later.wait()
+            return await super().score(task, rollout)
+
+    train(config, scorer=Slow())
+    assert [line["policy_version"] for line in evaluations(config.run_dir)] == [0, 3, 6]
+
+
+def test_an_evaluation_that_fails_ends_the_run(tmp_path: Path) -> None:
+    class Broken(Scores):
+        async def score(self, task: Any, rollout: Rollout) -> float | Failure:
+            if task >= NUM_TASKS:
+                raise EngineError("gone")
+            return await super().score(task, rollout)
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        train(make_settings(tmp_path / "run", evaluation=HELD_OUT), scorer=Broken())
+    assert isinstance(_first(caught.value), EngineError)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from rlloop.config import RunSettings, parse
+from rlloop.config import RunSettings
 from rlloop.errors import RunDirectoryError
+from rlloop.flags import parse
 from rlloop.run_directory import RunDirectory, open_run_directory
 
 

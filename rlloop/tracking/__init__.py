@@ -31,6 +31,10 @@ class Tracker(Protocol):
         """What the policy wrote in the groups of one step; every row has the same keys."""
         ...
 
+    def evaluation(self, policy_version: int, metrics: Mapping[str, float]) -> None:
+        """What one policy version did on held-out prompts; later steps may have been logged before."""
+        ...
+
     def close(self) -> None:
         """Flush, within a bounded time."""
         ...
@@ -63,6 +67,12 @@ class Trackers:
         for sink, isolated in self._sinks:
             with isolated:
                 sink.completions(step, rows)
+
+    def evaluation(self, policy_version: int, metrics: Mapping[str, float]) -> None:
+        """What one policy version did on held-out prompts, to every sink."""
+        for sink, isolated in self._sinks:
+            with isolated:
+                sink.evaluation(policy_version, metrics)
 
     def close(self) -> None:
         """Close every sink."""

@@ -63,6 +63,11 @@ class Background(Generic[SinkT]):
         snapshot = list(rows)
         self.submit(lambda sink: sink.completions(step, snapshot))
 
+    def evaluation(self, policy_version: int, metrics: Mapping[str, float]) -> None:
+        """Queue the metrics of one policy version."""
+        snapshot = dict(metrics)
+        self.submit(lambda sink: sink.evaluation(policy_version, snapshot))
+
     def close(self) -> None:
         """Let the sink finish; what it has not taken after `close_seconds` is left behind and reported."""
         deadline = time.monotonic() + self._close_seconds

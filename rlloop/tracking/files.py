@@ -1,4 +1,4 @@
-"""The files of a run directory that are always written: metrics.jsonl and completions/."""
+"""The files of a run directory that are always written: metrics.jsonl, completions/ and, of evaluations, evaluations.jsonl."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Files:
         self._folder = run_dir / "completions"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._metrics = jsonl.open_append(run_dir / "metrics.jsonl")
+        self._run_dir = run_dir
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append {step, attempt, time (Unix, s), metric: value ...}."""
@@ -33,6 +34,13 @@ class Files:
         """Write completions/step_000017.jsonl, over what an earlier attempt left of that step."""
         lines = b"".join(jsonl.encode({"step": step, "attempt": self._attempt, **row}) for row in rows)
         (self._folder / f"step_{step:06d}.jsonl").write_bytes(lines)
+
+    def evaluation(self, policy_version: int, metrics: Mapping[str, float]) -> None:
+        """Append {policy_version, attempt, time, metric: value ...} to evaluations.jsonl."""
+        values = {name: float(value) for name, value in metrics.items()}
+        line = {"policy_version": policy_version, "attempt": self._attempt, "time": time.time(), **values}
+        with jsonl.open_append(self._run_dir / "evaluations.jsonl") as file:
+            jsonl.append(file, jsonl.encode(line))
 
     def close(self) -> None:
         """Close metrics.jsonl."""

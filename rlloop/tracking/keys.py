@@ -127,6 +127,12 @@ OPTIONAL: dict[str, Metric] = {
     "reward/<fn>/mean": Metric(
         "reward", "Mean of one reward function, where an environment has several.", "rewards/<fn>/mean"
     ),
+    "eval/reward_mean": Metric("reward", "Mean on held-out prompts (evaluations.jsonl).", "eval_reward"),
+    "eval/reward_stderr": Metric("reward", "Standard error of that mean."),
+    "eval/mean_length": Metric("tokens", "Mean sampled tokens per rollout of an evaluation."),
+    "eval/prompts": Metric("prompts", "Held-out prompts that left room for an answer."),
+    "eval/failures": Metric("rollouts", "Rollouts of an evaluation that failed or could not be scored."),
+    "time/eval": Metric("s", "From an evaluation's start to its end; training goes on meanwhile."),
     "env/<name>": Metric("any", "Mean over the step's rollouts of what the environment reports in `Rollout.metrics`."),
 }
 """Only where there is something to report; `<...>` stands for a name."""

@@ -54,6 +54,12 @@ class Terminal:
     def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Nothing: they are in completions/, and too long for a terminal."""
 
+    def evaluation(self, policy_version: int, metrics: Mapping[str, float]) -> None:
+        """One line."""
+        reward, error = metrics["eval/reward_mean"], metrics["eval/reward_stderr"]
+        prompts = f"{metrics['eval/prompts']:.0f} held-out prompts"
+        self._show(f"version {policy_version}: reward {reward:.3f} ± {error:.3f} on {prompts}")
+
     def close(self) -> None:
         """Leave the table as it stands."""
         self._status = ""

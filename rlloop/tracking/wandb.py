@@ -42,6 +42,10 @@ class Wandb:
             table = Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
             self._run.log({"step": step, "completions": table})
 
+    def evaluation(self, policy_version: int, metrics: Mapping[str, float]) -> None:
+        """One point per metric, at the step that made the version."""
+        self.log(policy_version, metrics)
+
     def close(self) -> None:
         """Upload the rest, for FINISH_SECONDS at most."""
         self._run.finish()

@@ -1,0 +1,68 @@
+"""Held-out prompts, answered by one policy version while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from time import monotonic
+
+import numpy as np
+from anyio import TASK_STATUS_IGNORED, Semaphore, create_task_group
+from anyio.abc import TaskGroup, TaskStatus
+
+from rlloop.environment import PromptTooLong
+from rlloop.refit.publisher import Refit
+from rlloop.types import Group, Metrics, Prompt
+
+
+class Evaluation:
+    """One at a time: `sample` answers and scores a prompt with a version, `report` gets what was found of each version."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        sample: Callable[[Prompt, int], Awaitable[Group]],
+        refit: Refit,
+        report: Callable[[int, Metrics], None],
+    ) -> None:
+        self._prompts = prompts
+        self._sample = sample
+        self._refit = refit
+        self._report = report
+        self._slot = Semaphore(1)
+
+    async def start(self, tasks: TaskGroup) -> None:
+        """Evaluate the newest version in the background, which keeps it loaded; first wait for the evaluation before."""
+        await self._slot.acquire()
+        await tasks.start(self._evaluate)
+
+    async def _evaluate(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
+        groups: list[Group] = []
+        started = monotonic()
+
+        async def answer(prompt: Prompt, version: int) -> None:
+            with suppress(PromptTooLong):  # `eval/prompts` counts those that had room
+                groups.append(await self._sample(prompt, version))
+
+        try:
+            with self._refit.lease() as version:
+                task_status.started()
+                async with create_task_group() as members:
+                    for prompt in self._prompts:
+                        members.start_soon(answer, prompt, version)
+            self._report(version, _summarise(groups) | {"time/eval": monotonic() - started})
+        finally:
+            self._slot.release()
+
+
+def _summarise(groups: Sequence[Group]) -> Metrics:
+    rewards = np.array([reward for group in groups for reward in group.rewards])
+    lengths = [rollout.loss_mask.sum() for group in groups for rollout in group.rollouts]
+    nan = float("nan")
+    return {
+        "eval/reward_mean": float(rewards.mean()) if len(rewards) else nan,
+        "eval/reward_stderr": float(rewards.std(ddof=1) / np.sqrt(len(rewards))) if len(rewards) > 1 else nan,
+        "eval/mean_length": float(np.mean(lengths)) if lengths else nan,
+        "eval/prompts": float(len(groups)),
+        "eval/failures": float(sum(len(group.failures) for group in groups)),
+    }
