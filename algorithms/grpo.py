@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from math import nan
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -43,7 +42,7 @@ from rlloop.samples import (
 )
 from rlloop.trainer import Trainer
 from rlloop.types import Group, Metrics
-from rlloop.updates import adapted_kl_coef, optimizer_step, warn_if_stale
+from rlloop.updates import after_step, bind_policy_loss, optimizer_step, present_kl_coef
 
 ADVANTAGES = {
     "normalised": "rlloop.advantages:group_normalised",
@@ -97,6 +96,11 @@ class Config(PolicySettings):
     def _check_objective(self) -> Config:
         if self.clip_low > 1 and self.loss in ("clipped", "sequence_clipped", "clipped_weight"):
             raise ValueError(f"--clip-low: expected at most 1 with --loss {self.loss}, got {self.clip_low}")
+        if self.group_size == 1 and self.advantage in ADVANTAGES and self.advantage != "raw":
+            raise ValueError(
+                f"--group-size 1: --advantage {self.advantage} compares the rollouts of a prompt, so it needs two; use "
+                "--advantage raw --whiten, or rlloop ppo"
+            )
         if self.dynamic_sampling and (
             self.advantage == "raw" or self.whiten or (self.kl_coef and self.kl_in == "reward")
         ):
@@ -109,12 +113,10 @@ class Config(PolicySettings):
 
 async def update(trainer: Trainer, groups: list[Group], config: Config, state: dict[str, float]) -> Metrics:
     """One optimizer step on the groups of one step; `state` is the run's."""
-    from rlloop.losses import policy_loss  # imports torch, which `rlloop --help` need not wait for
-
     max_tokens = config.sampling.max_tokens
     if config.overlong_buffer:
         groups = with_overlong_penalty(groups, max_tokens=max_tokens, buffer=config.overlong_buffer * max_tokens)
-    kl_coef = state.get("kl_coef", config.kl_coef)
+    kl_coef = present_kl_coef(config, state)
     found: Metrics = {"policy/kl_coef": kl_coef} if kl_coef else {}
     if kl_coef and config.kl_in == "reward":
         groups, found["policy/kl_ref"] = await with_kl_penalty(trainer, groups, kl_coef)
@@ -133,18 +135,9 @@ async def update(trainer: Trainer, groups: list[Group], config: Config, state: d
     elif config.loss in SURROGATES:  # one of somebody's own may not be proportional to the advantage
         samples = without_signal_free(samples)
     surrogate = load_object(SURROGATES.get(config.loss, config.loss))
-    loss = partial(
-        policy_loss,
-        surrogate=partial(surrogate, clip_low=config.clip_low, clip_high=config.clip_high),
-        proximal=config.proximal,
-        correction=config.correction.model_dump(),
-        kl_coef=kl_in_loss,
-        kl_estimator=config.kl_estimator,
-    )
+    loss = bind_policy_loss(config, surrogate, kl_in_loss)
     metrics = await optimizer_step(trainer, POLICY, samples, loss, config.optim.adam) | found
-    state["kl_coef"] = adapted_kl_coef(kl_coef, metrics.get("policy/kl_ref", nan), config.kl_target)
-    if config.correction.bound == "none" and config.proximal == "trainer":
-        warn_if_stale(metrics)
+    after_step(config, state, metrics)
     return metrics
 
 

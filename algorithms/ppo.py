@@ -24,20 +24,19 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from math import nan
 from time import monotonic
 from typing import Literal
 
-import numpy as np
-from anyio import CancelScope
 from pydantic import Field, model_validator
 
-from rlloop.advantages import explained_variance, raw_rewards, token_weights
+from rlloop.advantages import raw_rewards, token_weights
 from rlloop.config import LoraSettings, OptimSettings, PolicySettings, Settings
 from rlloop.run import POLICY, open_run, run
 from rlloop.samples import (
+    critic_metrics,
     make_samples,
     minibatches,
+    token_rewards,
     with_critics_credit,
     with_old_logprobs,
     with_ref_logprobs,
@@ -45,16 +44,31 @@ from rlloop.samples import (
 )
 from rlloop.trainer import Trainer
 from rlloop.types import Group, LoraConfig, Metrics
-from rlloop.updates import adapted_kl_coef, merged, optimizer_step, value_step, warn_if_stale
+from rlloop.updates import (
+    after_step,
+    bind_policy_loss,
+    made_whole,
+    merged,
+    optimizer_step,
+    present_kl_coef,
+    value_step,
+)
 
 CRITIC = "critic"
+
+
+class CriticOptimSettings(OptimSettings):
+    """AdamW, of the critic."""
+
+    lr: float = Field(3e-4, gt=0)
+    """Learning rate."""
 
 
 class CriticSettings(Settings):
     """The critic: an adapter of its own on the same base, with a scalar head."""
 
     lora: LoraSettings = LoraSettings()
-    optim: OptimSettings = OptimSettings(lr=3e-4)
+    optim: CriticOptimSettings = CriticOptimSettings()
     clip: float | None = Field(None, gt=0)
     """Hold values within this of the old ones in the loss; without it they are not held."""
 
@@ -71,9 +85,9 @@ class Config(PolicySettings):
     num_epochs: int = Field(1, ge=1)
     """Times that a step's samples are used."""
     num_minibatches: int = Field(4, ge=1)
-    """Optimizer steps of policy and critic each time; prompts are divided among them."""
+    """Optimizer steps of policy and critic each time, at most one for each prompt; prompts are divided among them."""
     max_update_kl: float | None = Field(None, gt=0)
-    """End a step's update when a minibatch is this far from the policy before it, in nats a token."""
+    """End a step's update after a minibatch at which the policy was this far from that before it, in nats a token."""
     kl_in: Literal["loss", "reward"] = "reward"
     """Whether the penalty is added to the loss of each token, or taken off its reward."""
     critic: CriticSettings = CriticSettings()
@@ -81,69 +95,56 @@ class Config(PolicySettings):
     @property
     def takes_several_steps(self) -> bool:
         """Of one step's samples."""
-        return self.num_epochs * self.num_minibatches > 1
+        return self.num_epochs * min(self.num_minibatches, self.groups_per_step) > 1
 
     @model_validator(mode="after")
     def _check_objective(self) -> Config:
+        if self.clip_low > 1:
+            raise ValueError(f"--clip-low: expected at most 1, got {self.clip_low}")
         if self.dynamic_sampling:
             raise ValueError("--dynamic-sampling: groups whose rewards are all equal do teach where there is a critic")
         if self.max_update_kl is not None and not self.takes_several_steps:
             raise ValueError(
-                "--max-update-kl: one optimizer step cannot end early: raise --num-minibatches or --num-epochs"
+                "--max-update-kl: one optimizer step cannot end early: raise --num-minibatches (and "
+                "--groups-per-step) or --num-epochs"
             )
         return self
 
 
 async def update(trainer: Trainer, groups: list[Group], config: Config, state: dict[str, float]) -> Metrics:
     """Policy and critic learn from the groups of one step; `state` is the run's."""
-    from rlloop.losses import clipped, policy_loss, value_loss  # torch, which `rlloop --help` need not wait for
+    from rlloop.losses import clipped, value_loss  # torch, which `rlloop --help` need not wait for
 
     samples = make_samples(groups, raw_rewards, token_weights)
+    if not samples:
+        return {"optim/skipped_steps": 1.0, "optim/lr": config.optim.lr}
     started = monotonic()
     samples = await with_values(trainer, CRITIC, samples)
     found: Metrics = {"time/value": monotonic() - started}
-    if kl_coef := state.get("kl_coef", config.kl_coef):
+    if kl_coef := present_kl_coef(config, state):
         found["policy/kl_coef"] = kl_coef
         samples = await with_ref_logprobs(trainer, samples)
     if config.takes_several_steps:
         samples = await with_old_logprobs(trainer, POLICY, samples)
+    rewards = token_rewards(samples, kl_coef if config.kl_in == "reward" else 0.0)
+    found |= critic_metrics(samples, rewards, discount=config.discount)
     samples = with_critics_credit(
-        samples,
-        discount=config.discount,
-        trace_decay=config.trace_decay,
-        kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
-        whiten=config.whiten,
+        samples, rewards, discount=config.discount, trace_decay=config.trace_decay, whiten=config.whiten
     )
-    values, returns = (
-        np.concatenate([getattr(sample, name)[sample.loss_mask] for sample in samples])
-        for name in ("old_values", "returns")
-    )
-    found |= {"value/mean": float(values.mean()), "value/explained_variance": explained_variance(values, returns)}
-    losses = {
-        POLICY: partial(
-            policy_loss,
-            surrogate=partial(clipped, clip_low=config.clip_low, clip_high=config.clip_high),
-            proximal=config.proximal,
-            correction=config.correction.model_dump(),
-            kl_coef=kl_coef if config.kl_in == "loss" else 0.0,
-            kl_estimator=config.kl_estimator,
-        ),
-        CRITIC: partial(value_loss, clip=config.critic.clip),
-    }
+    policy_loss = bind_policy_loss(config, clipped, kl_coef if config.kl_in == "loss" else 0.0)
+    critic_loss = partial(value_loss, clip=config.critic.clip)
     steps: list[Metrics] = [found]
     seed = [config.seed, groups[0].prompt.ordinal]
-    with CancelScope() as scope:
+    with made_whole() as begin:
         for batch in minibatches(samples, config.num_epochs, config.num_minibatches, seed):
-            step = await optimizer_step(trainer, POLICY, batch, losses[POLICY], config.optim.adam)
-            scope.shield = True  # a step is made whole, or the resumed run would train these groups twice
-            step |= await value_step(trainer, CRITIC, batch, losses[CRITIC], config.critic.optim.adam)
+            step = await optimizer_step(trainer, POLICY, batch, policy_loss, config.optim.adam)
+            begin()
+            step |= await value_step(trainer, CRITIC, batch, critic_loss, config.critic.optim.adam)
             steps.append(step)
-            if config.max_update_kl is not None and step["policy/update_kl"] > config.max_update_kl:
+            if config.max_update_kl is not None and step["policy/update_kl_max"] > config.max_update_kl:
                 break
     metrics = merged(steps)
-    state["kl_coef"] = adapted_kl_coef(kl_coef, metrics.get("policy/kl_ref", nan), config.kl_target)
-    if config.correction.bound == "none" and config.proximal == "trainer":
-        warn_if_stale(metrics)
+    after_step(config, state, metrics)
     return metrics
 
 

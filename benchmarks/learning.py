@@ -63,14 +63,15 @@ def train(task: str, algorithm: str, seed: int, num_steps: int, flags: list[str]
     ]
     with tempfile.TemporaryDirectory() as scratch:
         found = run_rlloop(command, Path(scratch) / "run", *settings)
-    explained = [line.get("value/explained_variance") for line in found.metrics]
+    explained = [value for line in found.metrics if (value := line.get("value/explained_variance")) is not None]
     return {
         "task": task,
         "algorithm": algorithm,
         "seed": seed,
         "num_steps": num_steps,
+        "flags": flags,
         "rewards": found.rewards,
-        "explained_variance": None if None in explained else explained,
+        "explained_variance": explained,
         "seconds": monotonic() - started,
         "seconds_a_step": found.median_step,
     }
@@ -81,10 +82,10 @@ def summarise(runs: list[Run]) -> dict[str, Cell]:
     first = [fmean(run["rewards"][:5]) for run in runs]
     last = [fmean(run["rewards"][-5:]) for run in runs]
     explained = [
-        # All equal returns, which nothing can explain, leave NaN.
-        median(value for value in run["explained_variance"][-5:] if isfinite(value))
+        median(values)
         for run in runs
-        if run["explained_variance"]
+        # Equal rewards, whose variance nothing can explain, leave NaN.
+        if (values := [value for value in run["explained_variance"] if isfinite(value)][-5:])
     ]
     return {
         "algorithm": runs[0]["algorithm"],
@@ -133,15 +134,20 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     kept = RESULTS / f"{arguments.name}.jsonl"
     runs: list[Run] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    others = [run for run in runs if (run["num_steps"], run["flags"]) != (arguments.steps, flags)]
+    if others:
+        parser.error(
+            f"{kept} has runs of {others[0]['num_steps']} steps, flags {others[0]['flags']}: give another --name"
+        )
     there = {(run["task"], run["algorithm"], run["seed"]) for run in runs}
     for seed, task, algorithm in product(arguments.seeds, arguments.tasks, arguments.algorithms):
         if (task, algorithm, seed) in there:
             continue
         run = train(task, algorithm, seed, arguments.steps, flags) | report.facts
-        print(summarise([run]), flush=True)
-        runs.append(run)
         with kept.open("a") as file:
             file.write(json.dumps(run) + "\n")
+        runs.append(run)
+        print(summarise([run]), flush=True)
     for task in TASKS:
         rows = [
             summarise(found)

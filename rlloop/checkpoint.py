@@ -1,7 +1,7 @@
 """Checkpoints are written whole or not at all, and verified before they are believed.
 
     <run_dir>/checkpoints/.tmp-step_000017-<random>/   being written; ignored by all readers
-    <run_dir>/checkpoints/step_000017/                 adapter/  state/  ledger.json  manifest.json
+    <run_dir>/checkpoints/step_000017/                 adapter/  state/  ledger.json  manifest.json  <others>/
     <run_dir>/latest -> checkpoints/step_000017
 
 The manifest names every other file with its size and SHA-256 and is written last; only then does the folder get its
@@ -39,7 +39,8 @@ class Checkpoint:
 
     step: int
     folder: Path
-    """Holds `adapter/` and `state/`, as `Trainer.load` reads them."""
+    """Holds `adapter/` and `state/`, as `Trainer.load` reads them; an adapter beside the policy's has them in a folder of its
+    name."""
     ledger: dict[str, Any]
     """What `Ledger.restore` reads."""
     manifest: dict[str, Any]

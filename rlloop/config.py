@@ -250,13 +250,14 @@ class RunSettings(Settings):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the base model, in engine and trainer; auto is bfloat16 where the hardware multiplies it fast."""
     num_steps: int = Field(100, ge=1)
-    """Optimizer steps of the run."""
+    """Steps of the run: batches that the policy learns from, and versions that it makes."""
     groups_per_step: int = Field(8, ge=1)
     """Prompts that one step trains on."""
     group_size: int = Field(8, ge=1)
     """Rollouts of one prompt."""
     dynamic_sampling: float = Field(0.0, ge=0)
-    """Groups whose rewards are all equal, which teach nothing, are replaced: each step up to this times groups_per_step."""
+    """Groups whose rewards are all equal, which teach nothing without a critic, are replaced: each step up to this times
+    groups_per_step."""
     max_staleness: int = Field(2, ge=0)
     """How many versions older than the trainer's a rollout may be; 0 is the synchronous loop."""
     on_stale: Literal["correct", "drop", "wait"] = "correct"
@@ -330,9 +331,9 @@ class PolicySettings(RunSettings):
     """What `rlloop.losses.policy_loss` is bound with, beside the surrogate."""
 
     clip_low: float = Field(0.2, gt=0)
-    """The ratio is clipped below 1 - clip_low (geometric_clipped: exp(-clip_low))."""
+    """The ratio is clipped below 1 - clip_low (with --loss geometric_clipped, exp(-clip_low))."""
     clip_high: float = Field(0.2, gt=0)
-    """The ratio is clipped above 1 + clip_high (geometric_clipped: exp(clip_high))."""
+    """The ratio is clipped above 1 + clip_high (with --loss geometric_clipped, exp(clip_high))."""
     proximal: Literal["trainer", "rollout"] = "trainer"
     """The policy that the clipped ratio is to: the trainer's before the update, beside the correction, or the one that sampled,
     which needs none."""

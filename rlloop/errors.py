@@ -57,6 +57,10 @@ class NonFiniteError(TrainerError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
 
+class TornUpdate(TrainerError):
+    """An update failed between two of its optimizer steps: the weights are those of no policy version, and are not saved."""
+
+
 class RefitError(RlloopError):
     """An adapter did not arrive, or what arrived is not what was sent."""
 

@@ -58,7 +58,7 @@ class Stages(Protocol):
         ...
 
     async def update(self, groups: list[Group]) -> Metrics:
-        """Train on the groups of one step. Its last await is the optimizer step: a cancelled update has made none."""
+        """Train on the groups of one step. A cancelled update has made all of its optimizer steps, and returns, or none."""
         ...
 
     def finish_step(self, step: Step) -> None:

@@ -21,7 +21,7 @@ from rlloop.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
 from rlloop.config import RunSettings
 from rlloop.engine import Engine
 from rlloop.environment import Environment, load_environment
-from rlloop.errors import CheckpointError, ConfigError, RankDied, RlloopError
+from rlloop.errors import CheckpointError, ConfigError, RankDied, RlloopError, TornUpdate
 from rlloop.evaluation import Evaluation
 from rlloop.events import Events
 from rlloop.ledger import Ledger, fingerprint
@@ -41,7 +41,7 @@ from rlloop.trainer import Head, Trainer
 from rlloop.types import Group, LoraConfig, Metrics, Prompt
 
 Update: TypeAlias = Callable[[Trainer, list[Group]], Awaitable[Metrics]]
-"""Trains the adapter `POLICY` on the groups of one step; its last await is the optimizer step."""
+"""Trains the adapter `POLICY` on the groups of one step; cancelled, it has made all of its optimizer steps or none."""
 
 POLICY = "policy"
 """The adapter whose versions the engine serves."""
@@ -102,12 +102,12 @@ class Run:
                 await self.refit.publish(self.first_step)
                 await self._evaluate(self.first_step)
                 await loop.run()
-            except BaseException:
+            except BaseException as end:
                 with CancelScope(shield=True):
                     try:
-                        await self._save()
+                        await self._save_unless_torn(end)
                     # The trainer may be what died; the first error is the one to raise.
-                    except (CheckpointError, RankDied) as error:
+                    except (CheckpointError, RankDied, TornUpdate) as error:
                         logging.getLogger(__name__).error("what came after step %d is lost: %s", self._saved, error)
                 raise
             await self._save()  # the last evaluation may take its time
@@ -166,6 +166,13 @@ class Run:
     async def _evaluate(self, version: int) -> None:
         if self._evaluation is not None and version % self.settings.evaluation.every == 0:
             await self._evaluation.start(self._tasks)
+
+    async def _save_unless_torn(self, end: BaseException) -> None:
+        """Raises TornUpdate where that is what has ended the loop."""
+        torn = BaseExceptionGroup("", [end]).subgroup(TornUpdate)
+        if torn is not None:
+            raise _first(torn)
+        await self._save()
 
     async def _save(self) -> None:
         version = self.loop.version

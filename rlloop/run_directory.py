@@ -23,7 +23,10 @@ from rlloop.errors import RunDirectoryError
 
 CONFIG = "config.toml"
 ATTEMPT = "attempt"
-FIXED = ("model", "env", "env_args", "seed", "group_size", "lora.rank", "lora.alpha", "lora.targets")
+FIXED = (
+    *("model", "env", "env_args", "seed", "group_size", "lora.rank", "lora.alpha", "lora.targets"),
+    *("critic.lora.rank", "critic.lora.alpha", "critic.lora.targets"),
+)
 """Settings that a resumed run must share with its checkpoints."""
 
 

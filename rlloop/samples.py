@@ -9,7 +9,14 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from rlloop.advantages import generalised_advantages, overlong_penalties, raw_rewards, token_weights, whitened
+from rlloop.advantages import (
+    explained_variance,
+    generalised_advantages,
+    overlong_penalties,
+    raw_rewards,
+    token_weights,
+    whitened,
+)
 from rlloop.trainer import Trainer
 from rlloop.types import FloatArray, Group, Rollout, Sample
 
@@ -116,26 +123,35 @@ async def with_values(trainer: Trainer, adapter: str, samples: Sequence[Sample])
     return [replace(sample, old_values=values) for sample, values in zip(samples, found, strict=True)]
 
 
-def with_critics_credit(
-    samples: Sequence[Sample], *, discount: float, trace_decay: float, kl_coef: float = 0.0, whiten: bool = True
-) -> list[Sample]:
-    """From a rollout's reward, which `advantages` holds, and `old_values`: advantages of each token, and `returns`.
+def token_rewards(samples: Sequence[Sample], kl_coef: float = 0.0) -> list[NDArray[np.float64]]:
+    """The rollout's reward, which `advantages` holds as yet, with its last token: of each sample's loss tokens.
 
-    The reward comes with the last token; with `kl_coef`, each token's is lowered by kl_coef * (rollout_logprobs -
-    ref_logprobs). Between two turns no time passes. See `rlloop.advantages.generalised_advantages`; returns are the
-    advantages, before they are whitened over all tokens, plus the values.
+    With `kl_coef`, each token's is lowered by kl_coef * (rollout_logprobs - ref_logprobs).
     """
-    rewards, values = [], []
+    found = []
     for sample in samples:
-        mask = sample.loss_mask
-        reward = np.zeros(int(mask.sum()))
-        reward[-1] = sample.advantages[mask][-1]
+        rewards = np.zeros(int(sample.loss_mask.sum()))
+        rewards[-1] = sample.advantages[sample.loss_mask][-1]
         if kl_coef:
             assert sample.ref_logprobs is not None
-            reward -= kl_coef * (sample.rollout_logprobs - sample.ref_logprobs)[mask]
-        assert sample.old_values is not None
-        rewards.append(reward)
-        values.append(sample.old_values[mask])
+            rewards -= kl_coef * (sample.rollout_logprobs - sample.ref_logprobs)[sample.loss_mask]
+        found.append(rewards)
+    return found
+
+
+def with_critics_credit(
+    samples: Sequence[Sample],
+    rewards: Sequence[NDArray[np.float64]],
+    *,
+    discount: float,
+    trace_decay: float,
+    whiten: bool = True,
+) -> list[Sample]:
+    """From `token_rewards` and `old_values`: advantages of each token, and `returns`, which are advantages plus values.
+
+    Between two turns no time passes. See `rlloop.advantages.generalised_advantages`. `whiten`: the advantages, over all tokens.
+    """
+    values = _old_values(samples)
     found = generalised_advantages(rewards, values, discount=discount, trace_decay=trace_decay)
     returns = [advantages + value for advantages, value in zip(found, values, strict=True)]
     if whiten:
@@ -144,6 +160,26 @@ def with_critics_credit(
         replace(sample, advantages=_spread(advantages, sample), returns=_spread(returned, sample))
         for sample, advantages, returned in zip(samples, found, returns, strict=True)
     ]
+
+
+def critic_metrics(
+    samples: Sequence[Sample], rewards: Sequence[NDArray[np.float64]], *, discount: float
+) -> dict[str, float]:
+    """How good `old_values` were: against the rewards that came, not returns, which are made of later values in part."""
+    values = _old_values(samples)
+    ahead = generalised_advantages(rewards, values, discount=discount, trace_decay=1.0)
+    every = np.concatenate(values)
+    explained = explained_variance(every, np.concatenate(ahead) + every)
+    return {"value/mean": float(every.mean()), "value/explained_variance": explained}
+
+
+def _old_values(samples: Sequence[Sample]) -> list[NDArray[np.float64]]:
+    """Of each sample's loss tokens."""
+    found = []
+    for sample in samples:
+        assert sample.old_values is not None
+        found.append(sample.old_values[sample.loss_mask].astype(np.float64))
+    return found
 
 
 def _spread(values: NDArray[np.float64], sample: Sample) -> FloatArray:

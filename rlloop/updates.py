@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from math import isfinite
 from time import monotonic
+from typing import Any
 
 from anyio import CancelScope
 
+from rlloop.config import PolicySettings
+from rlloop.errors import TornUpdate
 from rlloop.trainer import Loss, Trainer
 from rlloop.types import AdamConfig, Metrics, OptimResult, Sample
 
@@ -23,20 +28,45 @@ PER_TOKEN = {
     "policy/mismatch_ratio_max": "mismatch_ratio/max",
 }
 """Documented metric -> what a trainer made of the loss's per-token metrics."""
-_MULTISTEP = {"policy/update_kl": "update_kl/mean"}
-"""Likewise, only where a batch is used for several steps."""
+_MULTISTEP = {"policy/update_kl_max": "update_kl/mean"}
+"""Likewise, only where a batch is used for several steps: the greatest of theirs."""
 
 
-def adapted_kl_coef(kl_coef: float, kl: float, target: float | None) -> float:
+def adapted_kl_coef(kl_coef: float, kl: float, target: float) -> float:
     """The next step's weight of a KL penalty, after one whose divergence was `kl`: kl_coef * (1 + 0.1 * e), with e the relative
     error kl / target - 1 within +-0.2.
 
-    Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences" (arXiv 1909.08593, section 2.2). Without a target,
-    or where there was no divergence to measure (NaN), the weight stays.
+    Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences" (arXiv 1909.08593, section 2.2).
     """
-    if target is None or not isfinite(kl):
-        return kl_coef
     return kl_coef * (1 + 0.1 * max(-0.2, min(0.2, kl / target - 1)))
+
+
+def present_kl_coef(settings: PolicySettings, state: Mapping[str, float]) -> float:
+    """The weight of this step's KL penalty; `state` is the run's."""
+    return state.get("kl_coef", settings.kl_coef) if settings.kl_target else settings.kl_coef
+
+
+def bind_policy_loss(settings: PolicySettings, surrogate: Callable[..., Any], kl_coef: float) -> Loss:
+    """`rlloop.losses.policy_loss` as the settings say; `kl_coef` is its share of the KL penalty."""
+    from rlloop.losses import policy_loss  # torch, which `rlloop --help` need not wait for
+
+    return partial(
+        policy_loss,
+        surrogate=partial(surrogate, clip_low=settings.clip_low, clip_high=settings.clip_high),
+        proximal=settings.proximal,
+        correction=settings.correction.model_dump(),
+        kl_coef=kl_coef,
+        kl_estimator=settings.kl_estimator,
+    )
+
+
+def after_step(settings: PolicySettings, state: dict[str, float], metrics: Metrics) -> None:
+    """Adapt the weight of the KL penalty, and warn of stale samples that nothing corrects for."""
+    kl = metrics.get("policy/kl_ref")
+    if settings.kl_target and kl is not None and isfinite(kl):
+        state["kl_coef"] = adapted_kl_coef(present_kl_coef(settings, state), kl, settings.kl_target)
+    if settings.correction.bound == "none" and settings.proximal == "trainer":
+        warn_if_stale(metrics)
 
 
 HIGH_SAMPLER_KL = 0.01
@@ -101,6 +131,23 @@ async def _step(
     with CancelScope(shield=True):
         result = await trainer.optim_step(adapter, adam)
     return found, result, stepped - started, monotonic() - stepped
+
+
+@contextmanager
+def made_whole() -> Iterator[Callable[[], None]]:
+    """Around an update in several optimizer steps; call what it yields after the first one. From there on it is not cancelled,
+    and an error raises TornUpdate: a checkpoint must not hold weights that have seen a part of its groups."""
+    with CancelScope() as scope:
+
+        def begin() -> None:
+            scope.shield = True
+
+        try:
+            yield begin
+        except Exception as error:
+            if scope.shield:
+                raise TornUpdate(str(error)) from error
+            raise
 
 
 _SUMMED = ("optim/skipped_steps", "optim/nonfinite_steps", "value/nonfinite_steps", "progress/tokens_trained")

@@ -286,6 +286,31 @@ def test_every_prompt_is_trained_exactly_once_whenever_the_run_is_ended(
         assert not list((run_dir / "checkpoints").glob(".tmp-*"))
 
 
+def test_an_update_that_fails_halfway_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the third step, between its two minibatches: what is saved is what two whole steps made."""
+    config = make_settings(tmp_path / "run", ppo.Config, num_minibatches=2, checkpoint={"every": 2})
+
+    async def fail(self: Trainer, name: str, samples: Sequence[Sample], loss: Loss) -> Metrics:
+        if self.steps == {POLICY: 5, ppo.CRITIC: 5}:
+            raise TrainerError("out of memory")
+        return await sound(self, name, samples, loss)
+
+    sound = Trainer.forward_backward
+    monkeypatch.setattr(Trainer, "forward_backward", fail)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        train(config)
+    assert str(_first(caught.value)) == "out of memory"
+    monkeypatch.undo()
+    saved = newest_checkpoint(config.run_dir)
+    assert saved is not None
+    assert saved.step == 2
+    train(config.model_copy(update={"resume": True}))
+    final = newest_checkpoint(config.run_dir)
+    assert final is not None
+    trained = Counter(json.loads((final.folder / "state" / "weights.json").read_text()))
+    assert trained == dict.fromkeys(range(12), 2)
+
+
 def test_totals_go_on_after_a_resume(tmp_path: Path) -> None:
     whole, parts = make_settings(tmp_path / "whole"), make_settings(tmp_path / "parts")
     train(whole)

@@ -8,8 +8,10 @@ import pytest
 
 from rlloop.advantages import group_centred, raw_rewards, sequence_weights, token_weights
 from rlloop.samples import (
+    critic_metrics,
     make_samples,
     minibatches,
+    token_rewards,
     with_critics_credit,
     with_kl_penalty,
     with_old_logprobs,
@@ -109,13 +111,15 @@ def test_critics_credit_by_hand() -> None:
     samples = make_samples([group(1, (rollout(2, 1), rollout(2, 2)), (1.0, 0.5))], raw_rewards, token_weights)
     samples = with_old_values(samples, [0.25], [0.0, 0.75])
     samples = [replace(s, ref_logprobs=np.where(s.loss_mask, -2.5, 0).astype(np.float32)) for s in samples]
-    found = with_critics_credit(samples, discount=1.0, trace_decay=0.5, kl_coef=0.1, whiten=False)
+    rewards = token_rewards(samples, kl_coef=0.1)
+    np.testing.assert_allclose(np.concatenate(rewards), [0.95, -0.05, 0.45], atol=1e-6)
+    found = with_critics_credit(samples, rewards, discount=1.0, trace_decay=0.5, whiten=False)
     # Each token's reward is lowered by 0.1 * (-2 + 2.5). Deltas: 0.95 - 0.25; 0.45 - 0.75, and -0.05 + 0.75.
     np.testing.assert_allclose(found[0].advantages, [0, 0, 0.7], atol=1e-6)
     np.testing.assert_allclose(found[1].advantages, [0, 0, 0.7 - 0.5 * 0.3, -0.3], atol=1e-6)
     np.testing.assert_allclose(found[0].returns, [0, 0, 0.95], atol=1e-6)
     np.testing.assert_allclose(found[1].returns, [0, 0, 0.55, 0.45], atol=1e-6)
-    whitened = with_critics_credit(samples, discount=1.0, trace_decay=0.5, kl_coef=0.1)
+    whitened = with_critics_credit(samples, rewards, discount=1.0, trace_decay=0.5)
     credit = np.concatenate([sample.advantages[sample.loss_mask] for sample in whitened])
     assert (credit.mean(), credit.std()) == pytest.approx((0, 1), abs=1e-6)
     for plain, white in zip(found, whitened, strict=True):
@@ -139,3 +143,12 @@ def test_minibatches_use_every_sample_in_every_epoch_and_keep_prompts_together()
     assert [len(part) for part in minibatches(samples, 1, 99, [0])] == [2] * 5
     again = list(minibatches(samples, 2, 3, [0, 7]))
     assert [[s.prompt_id for s in part] for part in again] == [[s.prompt_id for s in part] for part in parts]
+
+
+def test_the_critic_is_compared_with_what_came() -> None:
+    """Not with returns: those are nearer to any values that do not change along a rollout."""
+    samples = make_samples([group(1, (rollout(2, 50), rollout(2, 50)), (1.0, 0.0))], raw_rewards, token_weights)
+    samples = with_old_values(samples, [0.25] * 50, [0.75] * 50)
+    metrics = critic_metrics(samples, token_rewards(samples), discount=1.0)
+    # Residuals 0.75 and -0.75 of a variance of 0.25.
+    assert metrics == {"value/mean": 0.5, "value/explained_variance": pytest.approx(1 - 0.75**2 / 0.25)}

@@ -4,8 +4,20 @@ import anyio
 import numpy as np
 import pytest
 
+from rlloop.config import PolicySettings
+from rlloop.errors import TornUpdate, TrainerError
 from rlloop.types import AdamConfig, Metrics, OptimResult, Sample
-from rlloop.updates import PER_TOKEN, adapted_kl_coef, merged, optimizer_step, value_step, warn_if_stale
+from rlloop.updates import (
+    PER_TOKEN,
+    adapted_kl_coef,
+    after_step,
+    made_whole,
+    merged,
+    optimizer_step,
+    present_kl_coef,
+    value_step,
+    warn_if_stale,
+)
 
 ADAM = AdamConfig(lr=0.25)
 
@@ -118,8 +130,32 @@ def test_merged_steps() -> None:
 
 @pytest.mark.parametrize(
     ("kl", "expected"),
-    [(0.11, 0.5 * 1.01), (0.05, 0.5 * 0.98), (0.5, 0.5 * 1.02), (0.1, 0.5), (float("nan"), 0.5)],
+    [(0.11, 0.5 * 1.01), (0.05, 0.5 * 0.98), (0.5, 0.5 * 1.02), (0.1, 0.5)],
 )
 def test_adapted_kl_coef(kl: float, expected: float) -> None:
     assert adapted_kl_coef(0.5, kl, 0.1) == pytest.approx(expected, abs=1e-12)
-    assert adapted_kl_coef(0.5, kl, None) == 0.5
+
+
+def test_the_penaltys_weight_is_kept_only_for_a_target() -> None:
+    state: dict[str, float] = {}
+    fixed, adaptive = PolicySettings(kl_coef=0.1), PolicySettings(kl_coef=0.1, kl_target=0.2)
+    after_step(fixed, state, {"policy/kl_ref": 1.0})
+    after_step(adaptive, state, {"policy/kl_ref": float("nan")})
+    after_step(adaptive, state, {})
+    assert state == {}
+    after_step(adaptive, state, {"policy/kl_ref": 1.0})
+    assert present_kl_coef(adaptive, state) == pytest.approx(0.102)
+    assert present_kl_coef(fixed, state) == 0.1, "what is set wins in a resumed run"
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_an_update_that_fails_halfway_is_torn(has_begun: bool) -> None:
+    async def fail() -> None:
+        with made_whole() as begin:
+            if has_begun:
+                begin()
+            raise TrainerError("gone")
+
+    with pytest.raises(TrainerError, match="gone") as caught:
+        anyio.run(fail)
+    assert isinstance(caught.value, TornUpdate) == has_begun

@@ -21,7 +21,9 @@ DOCUMENTED: dict[str, Metric] = {
     "reward/min": Metric("reward", "Least of the step."),
     "reward/max": Metric("reward", "Greatest of the step."),
     "reward/frac_zero_std": Metric(
-        "fraction", "Groups whose rollouts all got the same reward: they teach nothing.", "frac_reward_zero_std"
+        "fraction",
+        "Groups whose rollouts all got the same reward: without a critic they teach nothing.",
+        "frac_reward_zero_std",
     ),
     "completions/mean_length": Metric("tokens", "Mean sampled tokens per rollout.", "completions/mean_length"),
     "completions/clipped_ratio": Metric(
@@ -114,15 +116,18 @@ OPTIONAL: dict[str, Metric] = {
     "policy/kl_coef": Metric("", "Weight of the KL penalty in this step.", "kl_coef"),
     "loss/value": Metric("reward²", "The critic's loss, as it was differentiated.", "value_loss"),
     "value/explained_variance": Metric(
-        "fraction", "How much of the returns' variance the critic's values explained, before its update; 1 is all."
+        "fraction",
+        "Share of the variance of the rewards to come that the critic's values explained, before its update.",
     ),
     "value/mean": Metric("reward", "Mean of those values.", "values/mean"),
     "value/clip_frac": Metric("fraction", "Tokens whose value was held near the old one.", "vf_clipfrac"),
     "value/grad_norm": Metric("", "As optim/grad_norm, of the critic."),
     "value/nonfinite_steps": Metric("steps", "As optim/nonfinite_steps, of the critic; of this step."),
     "time/value": Metric("s", "The critic's values and updates."),
-    "policy/update_kl": Metric(
-        "nats", "Mean KL from the policy before this step's update to that within it, per token.", "approxkl"
+    "policy/update_kl_max": Metric(
+        "nats",
+        "KL per token from the policy before this step's update to that within it, greatest of its minibatches.",
+        "approxkl",
     ),
     "reward/<fn>/mean": Metric(
         "reward", "Mean of one reward function, where an environment has several.", "rewards/<fn>/mean"

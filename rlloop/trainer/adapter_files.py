@@ -52,15 +52,15 @@ def initial_a(parameter_name: str, seed: int, shape: Sequence[int]) -> Tensor:
     return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
 
 
-def check_lora(lora: LoraConfig, available: set[str]) -> None:
+def check_lora(name: str, lora: LoraConfig, available: set[str]) -> None:
     """Raise TrainerError for a target that the model does not have (PEFT ignores those while any other fits), and for what
     is not defined."""
     if unknown := sorted(set(lora.targets) - available):
         raise TrainerError(
-            f"lora.targets: expected names among {', '.join(sorted(available))}, got {', '.join(unknown)}"
+            f"adapter {name!r}, lora.targets: expected names among {', '.join(sorted(available))}, got {', '.join(unknown)}"
         )
     if lora.dora and lora.dropout:
-        raise TrainerError(f"lora.dropout: expected 0 for DoRA, got {lora.dropout}")
+        raise TrainerError(f"adapter {name!r}, lora.dropout: expected 0 for DoRA, got {lora.dropout}")
 
 
 def write_adapter(folder: Path, config: peft.LoraConfig, weights: Tensors, moments: Tensors) -> None:
@@ -94,7 +94,7 @@ def read_adapter(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]])
         key = min(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
         raise TrainerError(
             f"{folder}: the adapter saved there does not fit adapter {name!r}; at {key}: expected "
-            f"{shapes.get(key)}, got {found.get(key)}. Keep lora.rank, lora.targets and model of the saved run"
+            f"{shapes.get(key)}, got {found.get(key)}. Keep its lora.rank and lora.targets, and the model, of the saved run"
         )
     if not (folder / "state").exists():
         return weights, {}

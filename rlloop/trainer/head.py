@@ -166,7 +166,7 @@ def token_logprobs(
 
 def token_values(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A value head: hidden [N, H], weight [1, H] and bias [1] in fp32 -> [N] in fp32."""
-    return torch.addmv(bias, hidden.float(), weight[0])
+    return hidden.float().mv(weight[0]) + bias
 
 
 @torch.no_grad()

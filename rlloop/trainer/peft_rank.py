@@ -102,7 +102,7 @@ class PeftRank:
         """A is drawn by parameter name, so it depends on neither layout nor other adapters."""
         if name in self._adapters:
             raise TrainerError(f"adapter {name!r} exists already")
-        check_lora(lora, self._linear_names)
+        check_lora(name, lora, self._linear_names)
         config = peft_config(lora, self._folder)
         config._register_custom_module({nn.Linear: FusedLinear})  # PEFT's documented way to bring an own layer
         if self._peft is None:

@@ -112,7 +112,7 @@ def test_several_steps_recompute_the_old_policy_and_use_every_sample_each_epoch(
 def test_an_update_that_has_gone_far_ends() -> None:
     trainer, metrics = step(num_epochs=2, num_minibatches=2, max_update_kl=0.03)
     assert len(trainer.batches[POLICY]) == len(trainer.batches[CRITIC]) == 2
-    assert metrics["policy/update_kl"] == pytest.approx(0.03)
+    assert metrics["policy/update_kl_max"] == pytest.approx(0.04)
 
 
 @pytest.mark.parametrize(("kl_in", "advantage"), [("reward", 0.75 - 0.5), ("loss", 0.75)])
@@ -149,6 +149,8 @@ async def test_a_stopped_update_is_made_whole_or_not_at_all(anyio_backend: str, 
     [
         ({"max_update_kl": 0.1, "num_minibatches": 1}, "--max-update-kl: one optimizer step cannot end early"),
         ({"proximal": "rollout", "correction": {"cap": 3.0}}, "--correction: not used with --proximal rollout"),
+        ({"max_update_kl": 0.1, "groups_per_step": 1}, "--max-update-kl: one optimizer step cannot end early"),
+        ({"clip_low": 4.0}, "--clip-low: expected at most 1, got 4"),
         ({"dynamic_sampling": 1.0}, "--dynamic-sampling: groups whose rewards are all equal do teach"),
         ({"critic": {"clip": 0.0}}, "greater than 0"),
     ],
@@ -180,3 +182,14 @@ def test_the_penaltys_weight_is_adapted_from_step_to_step() -> None:
         return [(await update(trainer, GROUPS, config, state))["policy/kl_coef"] for _ in range(3)]
 
     assert anyio.run(steps) == pytest.approx([0.1, 0.102, 0.10404])
+
+
+def test_a_partial_table_of_the_critics_optimizer_keeps_its_learning_rate() -> None:
+    assert Config(critic={"optim": {"beta2": 0.9}}).critic.optim.adam.lr == 3e-4
+
+
+def test_without_a_sampled_token_there_is_no_step() -> None:
+    trainer = RecordingTrainer()
+    groups = [Group(Prompt(0, 0, 0, None), (rollout(0), rollout(0)), (1.0, 0.0), 0)]
+    assert anyio.run(update, trainer, groups, Config(), {})["optim/skipped_steps"] == 1
+    assert trainer.calls == []

@@ -66,7 +66,7 @@ class MegatronRank:
         """A is drawn by parameter name, so it depends on neither layout nor other adapters."""
         if name in self._adapters:
             raise TrainerError(f"adapter {name!r} exists already")
-        check_lora(lora, set().union(*self._groups.gather(self._model.targets)))
+        check_lora(name, lora, set().union(*self._groups.gather(self._model.targets)))
         hidden_size = self._model.config.hidden_size
         self._adapters[name] = Adapter(lora, head, self._model.layers, hidden_size, self._groups, self._dtype)
 

@@ -64,7 +64,6 @@ class Layout:
     """Of one rank's flat buffers."""
 
     slots: list[Slot]
-    num_head: int
     num_whole: int
     """The head included; 0 where nothing is shared by several ranks."""
     b_slices: list[slice]
@@ -106,4 +105,4 @@ def lay_out(lora: LoraConfig, layers: Sequence[AdaptableLayer], tp_size: int, nu
         Slot(layer, projections, places[i, "a"], places[i, "b"], places[i, "m"], shapes[i, "a"], shapes[i, "b"])
         for i, (layer, projections) in enumerate(wanted)
     ]
-    return Layout(slots, num_head, num_whole, b_slices, end)
+    return Layout(slots, num_whole, b_slices, end)
