@@ -64,3 +64,18 @@ def test_completions_are_written_per_step_and_rewritten_by_a_resume(tmp_path: Pa
     ]
     old.close()
     new.close()
+
+
+EVALUATION = {"eval/reward_mean": 0.5, "eval/reward_stderr": math.nan, "eval/prompts": 16.0}
+
+
+def test_evaluations_have_a_file_of_their_own(tmp_path: Path):
+    files = Files(tmp_path, attempt=2)
+    files.log(7, {"reward/mean": 0.25})
+    files.evaluation(4, EVALUATION)
+    (line,) = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    record = json.loads(line, parse_constant=refuse)
+    assert (record["policy_version"], record["attempt"], record["eval/reward_mean"]) == (4, 2, 0.5)
+    assert record["eval/reward_stderr"] == "NaN"
+    assert [line["step"] for line in read_metrics(tmp_path)] == [7]
+    files.close()

@@ -9,7 +9,9 @@ def test_scalars_are_written(tmp_path: Path):
     trackers = open_trackers(settings, tmp_path, attempt=1)
     trackers.log(1, {"reward/mean": 0.5, "optim/grad_norm": float("nan")})
     trackers.completions(1, [{"text": "x"}])
+    trackers.evaluation(1, {"eval/reward_mean": 0.5, "eval/reward_stderr": 0.1, "eval/prompts": 16.0})
     trackers.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"reward/mean" in file.read_bytes()
+    assert b"eval/reward_mean" in file.read_bytes()
     assert trackers.failures == {"files": 0, "terminal": 0, "TensorBoard": 0}

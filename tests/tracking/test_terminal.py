@@ -71,3 +71,10 @@ def test_status_is_seen_before_the_first_step():
     terminal._live.refresh()
     assert "starting [engine]" in out.getvalue()
     terminal.close()
+
+
+def test_an_evaluation_is_a_line():
+    terminal, out = plain()
+    terminal.evaluation(4, {"eval/reward_mean": 0.5, "eval/reward_stderr": 0.125, "eval/prompts": 16.0})
+    terminal.close()
+    assert out.getvalue() == "version 4: reward 0.500 ± 0.125 on 16 held-out prompts\n"

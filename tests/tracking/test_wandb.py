@@ -33,6 +33,7 @@ for step in range(1, 51):
     trackers.log(step, {"reward/mean": step / 50, "optim/grad_norm": float("nan")})
     calls.append(time.monotonic() - before)
     if step % 10 == 0:
+        trackers.evaluation(step - 5, {"eval/reward_mean": 0.5, "eval/reward_stderr": 0.1, "eval/prompts": 16.0})
         trackers.completions(step, [{"prompt": "1+1", "text": "2", "reward": 1.0}] * 4)
     time.sleep(0.02)
 before = time.monotonic()
