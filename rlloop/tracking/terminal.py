@@ -55,10 +55,10 @@ class Terminal:
         """Nothing: they are in completions/, and too long for a terminal."""
 
     def evaluation(self, policy_version: int, metrics: Mapping[str, float]) -> None:
-        """One line."""
+        """One line, above the table where there is one."""
         reward, error = metrics["eval/reward_mean"], metrics["eval/reward_stderr"]
         prompts = f"{metrics['eval/prompts']:.0f} held-out prompts"
-        self._show(f"version {policy_version}: reward {reward:.3f} ± {error:.3f} on {prompts}")
+        self._print(f"version {policy_version}: reward {reward:.3f} ± {error:.3f} on {prompts}")
 
     def close(self) -> None:
         """Leave the table as it stands."""
@@ -71,7 +71,10 @@ class Terminal:
         if self._live:
             self._live.update(self._table())
         else:
-            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _eta(self, step: int) -> timedelta:
         seconds_per_step = sum(self._seconds) / len(self._seconds)

@@ -53,8 +53,10 @@ def test_live_table_on_a_terminal():
     terminal.status("starting engine")
     for step in range(1, 31):
         terminal.log(step, {**METRICS, "reward/mean": 0.5 + step / 1000})
+    terminal.evaluation(30, {"eval/reward_mean": 0.5, "eval/reward_stderr": 0.1, "eval/prompts": 8.0})
     terminal.close()
     text = out.getvalue()
+    assert "version 30: reward 0.500" in text
     assert "\x1b[?25l" in text  # the cursor is hidden while it is live,
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # and back after close
     last = text[text.rindex("runs/a") :]
