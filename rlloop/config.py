@@ -198,8 +198,8 @@ class EnvironmentSettings(Settings):
     """Processes that score."""
     rollout_timeout: float = Field(600.0, gt=0)
     """Seconds that one rollout may take."""
-    min_group_size: int = Field(2, ge=1)
-    """A group with fewer rollouts left after failures is dropped."""
+    min_group_size: int | None = Field(None, ge=1)
+    """A group with fewer rollouts left after failures is dropped; default 2, and 1 for groups of one."""
 
 
 class EvaluationSettings(Settings):
@@ -282,7 +282,7 @@ class RunSettings(Settings):
                 f"--sampling.max-tokens ({self.sampling.max_tokens}) leaves no room for a prompt within "
                 f"--engine.max-model-len ({self.engine.max_model_len})"
             )
-        if self.environment.min_group_size > self.group_size:
+        if self.min_group_size > self.group_size:
             raise ValueError(
                 f"--environment.min-group-size ({self.environment.min_group_size}) exceeds --group-size ({self.group_size})"
             )
@@ -298,6 +298,11 @@ class RunSettings(Settings):
     def all_env_args(self) -> dict[str, Any]:
         """Arguments of the environment, the rewards among them."""
         return self.env_args | ({"rewards": list(self.rewards)} if self.rewards else {})
+
+    @property
+    def min_group_size(self) -> int:
+        """Rollouts that a group needs."""
+        return self.environment.min_group_size or min(2, self.group_size)
 
     @property
     def num_slots(self) -> int:

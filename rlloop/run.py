@@ -88,7 +88,7 @@ class Run:
             groups_per_step=settings.groups_per_step,
             num_slots=settings.num_slots,
             num_steps=settings.num_steps,
-            min_group_size=settings.environment.min_group_size,
+            min_group_size=settings.min_group_size,
             max_filtered=math.ceil(settings.dynamic_sampling * settings.groups_per_step),
             first_step=self.first_step,
         )

@@ -160,7 +160,7 @@ def test_every_preset_is_offered_and_what_is_set_wins_over_it() -> None:
             "--dynamic-sampling: groups whose rewards are all equal do teach",
         ),
         (
-            {"group_size": 1, "environment": {"min_group_size": 1}},
+            {"group_size": 1},
             "--group-size 1: --advantage normalised compares the rollouts of a prompt",
         ),
         ({"preset": "rloo", "kl_coef": 0.1, "dynamic_sampling": 1}, "--dynamic-sampling: groups"),

@@ -193,3 +193,8 @@ def test_without_a_sampled_token_there_is_no_step() -> None:
     groups = [Group(Prompt(0, 0, 0, None), (rollout(0), rollout(0)), (1.0, 0.0), 0)]
     assert anyio.run(update, trainer, groups, Config(), {})["optim/skipped_steps"] == 1
     assert trainer.calls == []
+
+
+def test_groups_of_one_are_whole() -> None:
+    assert Config(group_size=1).min_group_size == 1
+    assert Config().min_group_size == 2
