@@ -26,9 +26,7 @@ class Files:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append {step, attempt, time (Unix, s), metric: value ...}."""
-        values = {name: float(value) for name, value in metrics.items()}
-        line = jsonl.encode({"step": step, "attempt": self._attempt, "time": time.time(), **values})
-        jsonl.append(self._metrics, line)
+        jsonl.append(self._metrics, self._line({"step": step}, metrics))
 
     def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write completions/step_000017.jsonl, over what an earlier attempt left of that step."""
@@ -37,10 +35,12 @@ class Files:
 
     def evaluation(self, policy_version: int, metrics: Mapping[str, float]) -> None:
         """Append {policy_version, attempt, time, metric: value ...} to evaluations.jsonl."""
-        values = {name: float(value) for name, value in metrics.items()}
-        line = {"policy_version": policy_version, "attempt": self._attempt, "time": time.time(), **values}
         with jsonl.open_append(self._run_dir / "evaluations.jsonl") as file:
-            jsonl.append(file, jsonl.encode(line))
+            jsonl.append(file, self._line({"policy_version": policy_version}, metrics))
+
+    def _line(self, subject: Mapping[str, int], metrics: Mapping[str, float]) -> bytes:
+        values = {name: float(value) for name, value in metrics.items()}
+        return jsonl.encode({**subject, "attempt": self._attempt, "time": time.time(), **values})
 
     def close(self) -> None:
         """Close metrics.jsonl."""

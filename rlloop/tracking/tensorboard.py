@@ -26,9 +26,8 @@ class TensorBoard:
     def evaluation(self, policy_version: int, metrics: Mapping[str, float]) -> None:
         """Add one point to each metric's curve, at the step that made the version."""
         if self._writer is None:
-            self._writer = self._open(policy_version + 1)
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, policy_version)
+            self._writer = self._open(policy_version + 1)  # an earlier attempt's point of that step stands
+        self.log(policy_version, metrics)
 
     def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Nothing: see above."""

@@ -32,7 +32,7 @@ from rlloop.trainer.head import head_weight, token_logprobs, token_values
 from rlloop.trainer.lora import FusedLinear
 from rlloop.trainer.rank_trainer import RankArguments
 from rlloop.trainer.ranks import RankContext
-from rlloop.trainer.steps import SkippedSteps, check_head, gradient_discarded_on_error, measure_peak, throughput
+from rlloop.trainer.steps import SkippedSteps, get_adapter, gradient_discarded_on_error, measure_peak, throughput
 from rlloop.trainer.tokens import Columns, Totals, to_device
 from rlloop.types import AdamConfig, AdapterTicket, FloatArray, LoraConfig, Metrics, OptimResult, Sample
 
@@ -222,12 +222,7 @@ class PeftRank:
                 }
 
     def _get(self, name: str, head: Head | None = None) -> _Adapter:
-        """Raises TrainerError if there is none, or one with another head."""
-        if name not in self._adapters:
-            raise TrainerError(f"no adapter is named {name!r}; there are: {', '.join(self._adapters) or 'none'}")
-        adapter = self._adapters[name]
-        check_head(name, adapter.head, head)
-        return adapter
+        return get_adapter(self._adapters, name, head)
 
     @torch.no_grad()
     def _evaluate(self, adapter: _Adapter | None, samples: Sequence[Sample]) -> list[FloatArray]:

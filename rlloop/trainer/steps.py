@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -39,10 +40,26 @@ def throughput(summary: Summary, seconds: float, *, num_body: int, num_head: int
     return {"forward_backward_seconds": seconds, "mfu": flops / seconds / peak_flops}
 
 
-def check_head(name: str, head: Head, wanted: Head | None) -> None:
-    """Raise TrainerError when an adapter has another head than a call wants; None: either will do."""
-    if wanted not in (None, head):
-        raise TrainerError(f"adapter {name!r} has a {head} head; this call is for adapters with a {wanted} head")
+class HasHead(Protocol):
+    """An adapter, whatever a trainer makes of it."""
+
+    @property
+    def head(self) -> Head:
+        """Its own."""
+        ...
+
+
+AdapterT = TypeVar("AdapterT", bound=HasHead)
+
+
+def get_adapter(adapters: Mapping[str, AdapterT], name: str, head: Head | None) -> AdapterT:
+    """Raises TrainerError if there is none of that name, or one with another head; None: either will do."""
+    if name not in adapters:
+        raise TrainerError(f"no adapter is named {name!r}; there are: {', '.join(adapters) or 'none'}")
+    adapter = adapters[name]
+    if head not in (None, adapter.head):
+        raise TrainerError(f"adapter {name!r} has a {adapter.head} head; this call is for adapters with a {head} head")
+    return adapter
 
 
 class SkippedSteps:

@@ -25,7 +25,7 @@ from rlloop.trainer.megatron.schedule import OnOutputs, Schedule, Work
 from rlloop.trainer.megatron.trace import Trace
 from rlloop.trainer.rank_trainer import RankArguments
 from rlloop.trainer.ranks import Interrupted, RankContext
-from rlloop.trainer.steps import SkippedSteps, check_head, gradient_discarded_on_error, measure_peak, throughput
+from rlloop.trainer.steps import SkippedSteps, get_adapter, gradient_discarded_on_error, measure_peak, throughput
 from rlloop.trainer.tokens import Columns, Summary, Totals
 from rlloop.types import AdamConfig, AdapterTicket, FloatArray, LoraConfig, Metrics, OptimResult, Sample
 
@@ -208,12 +208,7 @@ class MegatronRank:
         )
 
     def _get(self, name: str, head: Head | None = None) -> Adapter:
-        """Raises TrainerError if there is none, or one with another head."""
-        if name not in self._adapters:
-            raise TrainerError(f"no adapter is named {name!r}; there are: {', '.join(self._adapters) or 'none'}")
-        adapter = self._adapters[name]
-        check_head(name, adapter.head, head)
-        return adapter
+        return get_adapter(self._adapters, name, head)
 
     def _activate(self, name: str | None, head: Head | None = None) -> None:
         if name is not None:
