@@ -28,6 +28,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from rlloop.advantages import constant_weights, sequence_weights, token_weights
+from rlloop.backend import Backend
 from rlloop.config import PolicySettings
 from rlloop.plugins import is_path, load_object, name_or_path
 from rlloop.run import POLICY, open_run, run
@@ -141,11 +142,11 @@ async def update(trainer: Trainer, groups: list[Group], config: Config, state: d
     return metrics
 
 
-async def train(config: Config, marker: str) -> None:
+async def train(config: Config, marker: str, backend: Backend | None = None) -> None:
     """Train under a running event loop; `marker` is that of `rlloop.processes.guard`."""
     for path in filter(is_path, (config.advantage, config.loss)):
         load_object(path)  # before the ranks start: they search where this process does
-    async with open_run(config, marker) as grpo:
+    async with open_run(config, marker, backend=backend) as grpo:
         await grpo.train(partial(update, config=config, state=grpo.state))
 
 

@@ -29,6 +29,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rlloop.advantages import raw_rewards, token_weights
+from rlloop.backend import Backend
 from rlloop.config import LoraSettings, OptimSettings, PolicySettings, Settings
 from rlloop.run import POLICY, open_run, run
 from rlloop.samples import (
@@ -147,10 +148,10 @@ async def update(trainer: Trainer, groups: list[Group], config: Config, state: d
     return metrics
 
 
-async def train(config: Config, marker: str) -> None:
+async def train(config: Config, marker: str, backend: Backend | None = None) -> None:
     """Train under a running event loop; `marker` is that of `rlloop.processes.guard`."""
     critic = LoraConfig(**dict(config.critic.lora), seed=config.seed)
-    async with open_run(config, marker, {CRITIC: (critic, "value")}) as ppo:
+    async with open_run(config, marker, {CRITIC: (critic, "value")}, backend) as ppo:
         await ppo.train(partial(update, config=config, state=ppo.state))
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import psutil
 
@@ -30,7 +30,7 @@ class Report:
         self._lines: list[str] = []
         self._tables: dict[str, list[dict[str, Cell]]] = {}
         self._facts: dict[str, str] = {
-            "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+            "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
             "machine": _machine(),
             "versions": ", ".join([f"Python {platform.python_version()}", *_versions(["rlloop", *packages])]),
@@ -48,6 +48,16 @@ class Report:
         """Print one line."""
         print(text, flush=True)
         self._lines.append(text)
+
+    def origins(self, runs: Sequence[Mapping[str, Any]]) -> None:
+        """Where and with what kept runs were made: the header is of the process that sums them up."""
+        self.line()
+        for machine, versions in dict.fromkeys((run["machine"], run["versions"]) for run in runs):
+            of_one = [run for run in runs if (run["machine"], run["versions"]) == (machine, versions)]
+            dates = sorted(run["date"] for run in of_one)
+            self.line(f"{len(of_one)} runs, started {dates[0]} to {dates[-1]}: {machine}; {versions}")
+            for command in sorted({run["command"] for run in of_one}):
+                self.line(f"  {command}")
 
     def table(self, title: str, rows: Sequence[Mapping[str, Cell]], formats: Mapping[str, str] | None = None) -> None:
         """Print rows, whose keys are the columns' titles.

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
+from rlloop.backend import open_backend
+from rlloop.config import RunSettings
+from rlloop.flags import parse
 from rlloop.models import resolve_model
+from rlloop.run import run
+from rlloop.tracking import jsonl
 from rlloop.tracking.files import read_metrics
 
 HERE = Path(__file__).parent
@@ -26,6 +35,8 @@ class Figures:
     seconds: float
     """From the first rollout's start to the last refit's end: filling the pipeline counts, starting the engine does not."""
     samples: int
+    evaluations: list[dict[str, Any]]
+    """Of held-out prompts."""
 
     @property
     def samples_per_second(self) -> float:
@@ -58,11 +69,75 @@ def run_rlloop(algorithm: str, run_dir: Path, *flags: str) -> Figures:
     shutil.rmtree(run_dir, ignore_errors=True)
     command = [sys.executable, "-m", "rlloop.cli", algorithm, "--run_dir", str(run_dir), *flags]
     subprocess.run(command, check=True, cwd=HERE, stdout=sys.stderr)
+    return read_figures(run_dir)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to make."""
+
+    algorithm: str
+    flags: tuple[str, ...]
+
+
+def train_in_turn(jobs: Sequence[Job], done: Callable[[Job, Figures], None]) -> None:
+    """Run them one after another on the same engine and trainer, whose start takes longer than a short run.
+
+    `done` gets each as it ends. They must agree on model, engine and trainer. Tables go to stderr.
+    """
+    modules = [importlib.import_module(f"rlloop.algorithms.{job.algorithm}") for job in jobs]
+    with tempfile.TemporaryDirectory() as scratch, redirect_stdout(sys.stderr):
+        run_dir = Path(scratch) / "run"
+        common = ["--run_dir", str(run_dir), "--overwrite"]
+        configs = [
+            parse(module.Config, [*job.flags, *common], job.algorithm)[0]
+            for job, module in zip(jobs, modules, strict=True)
+        ]
+
+        async def train(widest: RunSettings, marker: str) -> None:
+            async with open_backend(widest, marker, Path(scratch) / "backend") as backend:
+                for job, module, config in zip(jobs, modules, configs, strict=True):
+                    await module.train(config, marker, backend)
+                    done(job, read_figures(run_dir))
+
+        run(train, max(configs, key=lambda config: config.num_versions))
+
+
+Run = dict[str, Any]
+
+
+def keep_runs(
+    path: Path, wanted: Sequence[tuple[Run, Job]], record: Callable[[Figures], Run], facts: Mapping[str, str]
+) -> list[Run]:
+    """All runs that the file has, a line each; those wanted that it lacks are made and added as they end.
+
+    What a run is kept with: what it is wanted as, what `record` says of it, and the facts of the report.
+    """
+    path.parent.mkdir(exist_ok=True)
+    runs: list[Run] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    missing = {job: what for what, job in wanted if not any(what.items() <= run.items() for run in runs)}
+
+    def done(job: Job, figures: Figures) -> None:
+        run = {**missing[job], **record(figures), **facts}
+        with path.open("a") as file:
+            file.write(json.dumps(run) + "\n")
+        runs.append(run)
+        last = fmean(figures.rewards[-5:])
+        print(f"{missing[job]}: {last:.3f} at {figures.median_step:.2f} s/step", file=sys.stderr, flush=True)
+
+    if missing:
+        train_in_turn(list(missing), done)
+    return runs
+
+
+def read_figures(run_dir: Path) -> Figures:
+    """Of a run that has ended."""
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     begin = min(event["start"] for event in events if event["name"] == "rollout")
     end = max(event["end"] for event in events if event["name"] == "refit")
     rows = sum(len(path.read_text().splitlines()) for path in (run_dir / "completions").iterdir())
-    return Figures(read_metrics(run_dir), end - begin, rows)
+    evaluations = list(jsonl.read(path)) if (path := run_dir / "evaluations.jsonl").exists() else []
+    return Figures(read_metrics(run_dir), end - begin, rows, evaluations)
 
 
 def endless_model(name: str, folder: Path) -> Path:

@@ -8,11 +8,13 @@ import pkgutil
 import shlex
 import sys
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from rlloop import __version__
-from rlloop.config import RunSettings
 from rlloop.errors import ConfigError, RlloopError, Stopped
-from rlloop.flags import parse
+
+if TYPE_CHECKING:
+    from rlloop.config import RunSettings
 
 ALGORITHMS = "rlloop.algorithms"  # a name, not an import: the library knows no algorithm
 
@@ -26,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         sys.stdout.write(f"rlloop {__version__}\n")
         return 0
+    from rlloop.flags import parse  # and pydantic, which the usage need not wait for
+
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
         algorithm = _algorithm(arguments[0])

@@ -36,9 +36,9 @@ class EngineSettings(Settings):
     max_model_len: int = Field(512, ge=16)
     """Most tokens of a sequence, prompt included."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    """Share of the GPU's memory that vLLM takes."""
-    kv_cache_gib: int = Field(1, ge=1)
-    """KV cache on a CPU, in GiB."""
+    """Share of the GPU's memory that vLLM takes, weights and KV cache."""
+    kv_cache_gib: int | None = Field(None, ge=1)
+    """KV cache, in GiB; default 1 on a CPU, on a GPU what gpu_memory_utilization leaves: set it where engines share a GPU."""
     enforce_eager: bool = False
     """Skip compilation and CUDA graphs: starts sooner, decodes slower. CPU engines are always eager."""
     cpu_cores: str = "auto"

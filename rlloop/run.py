@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 import anyio
 from anyio import CancelScope, create_task_group, to_thread
 
+from rlloop.backend import Backend, open_backend
 from rlloop.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
 from rlloop.config import RunSettings
 from rlloop.engine import Engine
@@ -28,8 +29,8 @@ from rlloop.ledger import Ledger, fingerprint
 from rlloop.loop import Loop, Step
 from rlloop.metrics import StepMetrics, completion_rows
 from rlloop.models import resolve_model
-from rlloop.placement import Placement, place
-from rlloop.processes import guard, shared_memory_prefix
+from rlloop.placement import place
+from rlloop.processes import guard
 from rlloop.refit.publisher import Refit
 from rlloop.rewards import Scorer
 from rlloop.rollouts import derive_seed, sample_group
@@ -203,8 +204,10 @@ class Run:
 
 
 @asynccontextmanager
-async def open_run(settings: RunSettings, marker: str, adapters: Adapters | None = None) -> AsyncIterator[Run]:
-    """Start engine, trainer and all the rest; on leaving, end them.
+async def open_run(
+    settings: RunSettings, marker: str, adapters: Adapters | None = None, backend: Backend | None = None
+) -> AsyncIterator[Run]:
+    """Start engine, trainer and all the rest, or use a `backend` that others used before; on leaving, end them.
 
     `marker` is that of `rlloop.processes.guard`; `adapters` are created, saved and resumed beside `POLICY`. Raises
     RlloopError for anything that the user can mend.
@@ -212,7 +215,10 @@ async def open_run(settings: RunSettings, marker: str, adapters: Adapters | None
     # First what needs no run directory: a typo leaves none behind.
     placement = place(settings)
     environment = load_environment(settings.env, settings.all_env_args)
-    model = str(await to_thread.run_sync(resolve_model, settings.model))
+    if backend is None:
+        await to_thread.run_sync(resolve_model, settings.model)
+    else:
+        backend.check(settings)
     async with AsyncExitStack() as stack:
         directory = stack.enter_context(open_run_directory(settings))
         checkpoint = newest_checkpoint(directory.path) if settings.resume else None
@@ -232,22 +238,28 @@ async def open_run(settings: RunSettings, marker: str, adapters: Adapters | None
         )
         ledger, tasks_fingerprint = _open_ledger(settings, environment, checkpoint)
 
-        tracker.status(f"starting vLLM and the trainer {placement}")
-        tokenizer = await to_thread.run_sync(_load_tokenizer, model)
         policy: tuple[LoraConfig, Head] = LoraConfig(**dict(settings.lora), seed=settings.seed), "policy"
         all_adapters = {POLICY: policy, **(adapters or {})}
         prepare = partial(create_adapters, adapters=all_adapters, checkpoint=checkpoint)
-        engine, trainer = await _start(stack, settings, model, placement, directory, marker, events, prepare)
-        refit = Refit(trainer, engine, POLICY, settings.num_versions, events)
+        if is_shared := backend is not None:
+            await prepare(backend.trainer)
+        else:
+            tracker.status(f"starting vLLM and the trainer {placement}")
+            backend = await stack.enter_async_context(
+                open_backend(settings, marker, directory.path, placement=placement, events=events, prepare=prepare)
+            )
+        refit = Refit(backend.trainer, backend.engine, POLICY, settings.num_versions, events)
+        if is_shared:
+            stack.push_async_callback(_leave, backend.trainer, refit, all_adapters)
         tracker.status("waiting for the first rollouts")
         yield Run(
             settings=settings,
             directory=directory,
             environment=environment,
             scorer=scorer,
-            tokenizer=tokenizer,
-            engine=engine,
-            trainer=trainer,
+            tokenizer=backend.tokenizer,
+            engine=backend.engine,
+            trainer=backend.trainer,
             refit=refit,
             ledger=ledger,
             events=events,
@@ -260,53 +272,12 @@ async def open_run(settings: RunSettings, marker: str, adapters: Adapters | None
         )
 
 
-async def _start(
-    stack: AsyncExitStack,
-    settings: RunSettings,
-    model: str,
-    placement: Placement,
-    directory: RunDirectory,
-    marker: str,
-    events: Events,
-    prepare: Callable[[Trainer], Coroutine[Any, Any, None]],
-) -> tuple[Engine, Trainer]:
-    """Engine and trainer, started and prepared side by side."""
-    from rlloop.engine.vllm import start_vllm
-    from rlloop.refit.transports import DiskWriter, MemoryWriter
-    from rlloop.trainer.kinds import trainer_class
-
-    writer = (
-        MemoryWriter(placement.dtype, f"{shared_memory_prefix(marker)}refit")
-        if settings.refit.transport == "memory"
-        else DiskWriter(placement.dtype, directory.path / "refit")
-    )
-    trainer = await stack.enter_async_context(
-        trainer_class(settings.trainer.kind)(
-            model,
-            dtype=placement.dtype,
-            settings=settings.trainer,
-            temperature=settings.sampling.temperature,
-            writer=writer,
-            cores=placement.trainer_cores,
-            log_path=directory.logs / "trainer.log",
-            events=events,
-        )
-    )
-
-    async with create_task_group() as tasks:
-        tasks.start_soon(prepare, trainer)
-        engine = await stack.enter_async_context(
-            start_vllm(
-                model,
-                settings.engine,
-                dtype=placement.dtype,
-                lora_rank=settings.lora.rank,
-                num_versions=settings.num_versions,
-                log_path=directory.logs / "engine.log",
-                cores=placement.engine_cores,
-            )
-        )
-    return engine, trainer
+async def _leave(trainer: Trainer, refit: Refit, adapters: Adapters) -> None:
+    """A backend that goes on without the run."""
+    with CancelScope(shield=True):
+        await refit.retire_all()
+        for name in adapters:
+            await trainer.remove_adapter(name)
 
 
 async def create_adapters(trainer: Trainer, adapters: Adapters, checkpoint: Checkpoint | None) -> None:
@@ -333,12 +304,6 @@ def _open_ledger(settings: RunSettings, environment: Environment, checkpoint: Ch
     if checkpoint is None:
         return Ledger(num_tasks, settings.seed, identity), identity
     return Ledger.restore(checkpoint.ledger, num_tasks, settings.seed, identity), identity
-
-
-def _load_tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
 
 
 def run(main: Callable[[SettingsT, str], Coroutine[Any, Any, None]], settings: SettingsT) -> None:

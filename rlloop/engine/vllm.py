@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from threading import Event
@@ -26,6 +26,16 @@ from rlloop.types import AdapterTicket, Completion, EngineStatistics, Generation
 WORKER_EXTENSION = "rlloop.refit.worker.LoraRefit"
 
 
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """One that is loaded."""
+
+    name: str
+    """vLLM keys its prefix cache by it: never used again, though a later run may publish the same number."""
+    published: float
+    """time.monotonic() when that was done."""
+
+
 class VllmEngine:
     """See `rlloop.engine.Engine`. Make one with `start_vllm`; asyncio only, as vLLM is."""
 
@@ -35,8 +45,8 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._last_words = f"the vLLM engine process died; its last words are in {log_path}"
         self._request_ids = count()
-        self._versions: dict[int, float] = {}
-        """Loaded version -> time.monotonic() at the end of its publish."""
+        self._versions: dict[int, _Version] = {}
+        self._num_published = 0
         self._first_token_seconds: dict[int, float] = {}
         self._num_in_flight = 0
         self._busy_since = 0.0
@@ -63,7 +73,7 @@ class VllmEngine:
         prompt = TokensPrompt(prompt_token_ids=list(request.tokens))
         final = None
         with self._counted(), self._death_is_an_engine_error():
-            lora = lora_request(request.policy_version)
+            lora = self._lora_request(request.policy_version)
             async for output in self._llm.generate(prompt, params, str(next(self._request_ids)), lora_request=lora):
                 final = output
         if final is None:
@@ -95,7 +105,8 @@ class VllmEngine:
                     f"engine rank {rank} holds {held['digest']} for policy version {version}, but the trainer sent "
                     f"{ticket.digest}: the engine would have sampled from other weights than those that were trained"
                 )
-        self._versions[version] = time.monotonic()
+        self._num_published += 1
+        self._versions[version] = _Version(f"policy-v{version}-{self._num_published}", time.monotonic())
         return RefitReport(
             policy_version=version,
             num_bytes=ticket.num_bytes,
@@ -129,6 +140,11 @@ class VllmEngine:
         """See `Engine.reset_longest_gap`."""
         self._load.longest_gap_seconds = 0.0
 
+    def _lora_request(self, version: int) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(self._versions[version].name, lora_int_id=version + 1, lora_path="in-memory")  # never read
+
     def _check(self, request: GenerationRequest) -> None:
         if (
             request.policy_version not in self._versions
@@ -145,7 +161,7 @@ class VllmEngine:
     def _note_first_token(self, version: int, output: Any) -> None:
         first = getattr(output.metrics, "first_token_ts", 0.0)
         if first and version in self._versions:
-            seconds = first - self._versions[version]
+            seconds = first - self._versions[version].published
             self._first_token_seconds[version] = min(seconds, self._first_token_seconds.get(version, seconds))
 
     async def _call_workers(self, method: str, *args: Any) -> list[Any]:
@@ -186,13 +202,6 @@ class VllmEngine:
             if vllm_compat.is_death(error):
                 raise EngineError(self._last_words) from error
             raise
-
-
-def lora_request(version: int) -> Any:
-    """The adapter that a request names. Each version has its own name and id, for vLLM keys its prefix cache by the name."""
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest(lora_name=f"policy-v{version}", lora_int_id=version + 1, lora_path="in-memory")  # never read
 
 
 @asynccontextmanager
@@ -255,10 +264,11 @@ async def start_vllm(
 
 def _device_arguments(settings: EngineSettings, cores: frozenset[int] | None) -> dict[str, Any]:
     if cores is None:
-        return {
-            "gpu_memory_utilization": settings.gpu_memory_utilization,
-            "enforce_eager": settings.enforce_eager,
-        }
+        memory: dict[str, float] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+        if settings.kv_cache_gib is not None:
+            # Then the share is not used, only held against what is free, of which others may have taken much.
+            memory = {"kv_cache_memory_bytes": settings.kv_cache_gib << 30, "gpu_memory_utilization": 0.01}
+        return {**memory, "enforce_eager": settings.enforce_eager}
     return {
         "enforce_eager": True,
         "block_size": 32,  # small, for only whole blocks are shared between prompts
@@ -285,5 +295,5 @@ def _set_environment(settings: EngineSettings, log_path: Path, cores: frozenset[
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if cores is not None:
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib or 1)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(cores)))

@@ -56,6 +56,12 @@ class Refit:
         self.latest = version
         return replace(report, publish_seconds=monotonic() - started)
 
+    async def retire_all(self) -> None:
+        """When nobody samples any more: the engine is left as it was found."""
+        for version in sorted(self._served):
+            await self._engine.retire(version)
+        self._served.clear()
+
     async def _make_room(self) -> None:
         """Retire versions that nobody uses; if all are in use, wait until one is not."""
         while True:

@@ -1,0 +1,129 @@
+"""Engine and trainer of one base model: started for a run, or once for several that follow each other.
+
+    async with open_backend(settings, marker, folder) as backend:
+        for seed in range(3):
+            await grpo.train(settings.model_copy(update={"seed": seed, "run_dir": ...}), marker, backend)
+
+Starting vLLM takes longer than a short run; the base model is frozen, so nothing of one run is left for the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyio import create_task_group, to_thread
+
+from rlloop.config import RunSettings
+from rlloop.engine import Engine
+from rlloop.errors import ConfigError
+from rlloop.events import Events
+from rlloop.models import resolve_model
+from rlloop.placement import Placement, place
+from rlloop.processes import shared_memory_prefix
+from rlloop.trainer import Trainer
+
+_SHARED = ("model", "dtype", "engine", "trainer", "refit")
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What `open_backend` yields."""
+
+    settings: RunSettings
+    engine: Engine
+    trainer: Trainer
+    tokenizer: Any
+
+    def check(self, settings: RunSettings) -> None:
+        """Raises ConfigError where a run's settings are not those of this backend, or need more than it has."""
+        own = self.settings
+        differences = [
+            f"{name} {getattr(settings, name)}" for name in _SHARED if getattr(settings, name) != getattr(own, name)
+        ]
+        if settings.sampling.temperature != own.sampling.temperature:
+            differences.append(f"sampling.temperature {settings.sampling.temperature}")
+        if settings.lora.rank > own.lora.rank:
+            differences.append(f"lora.rank {settings.lora.rank}")
+        if settings.num_versions > own.num_versions:
+            differences.append(f"room for {settings.num_versions} policy versions (staleness, evaluation)")
+        if differences:
+            raise ConfigError(
+                f"the run does not fit the backend that it is given: it wants {', '.join(differences)}; start the backend "
+                "with settings that every run fits, or another one"
+            )
+
+
+async def _nothing(trainer: Trainer) -> None:
+    pass
+
+
+@asynccontextmanager
+async def open_backend(
+    settings: RunSettings,
+    marker: str,
+    folder: Path,
+    *,
+    placement: Placement | None = None,
+    events: Events | None = None,
+    prepare: Callable[[Trainer], Coroutine[Any, Any, None]] = _nothing,
+) -> AsyncIterator[Backend]:
+    """Start engine and trainer side by side; on leaving, end them.
+
+    `settings` say what it offers: the greatest LoRA rank, and the policy versions that it serves at once. `marker` is that of
+    `rlloop.processes.guard`; logs are written to `folder`/logs, and the trainer's spans, unless there are `events` for them, to
+    `folder`/events.jsonl. `prepare` gets the trainer while the engine starts. Raises RlloopError.
+    """
+    from rlloop.engine.vllm import start_vllm
+    from rlloop.refit.transports import DiskWriter, MemoryWriter
+    from rlloop.trainer.kinds import trainer_class
+
+    placement = placement or place(settings)
+    model = str(await to_thread.run_sync(resolve_model, settings.model))
+    tokenizer = await to_thread.run_sync(_load_tokenizer, model)
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    writer = (
+        MemoryWriter(placement.dtype, f"{shared_memory_prefix(marker)}refit")
+        if settings.refit.transport == "memory"
+        else DiskWriter(placement.dtype, folder / "refit")
+    )
+    async with AsyncExitStack() as stack:
+        if events is None:
+            events = Events(folder / "events.jsonl")
+            stack.callback(events.close)
+        trainer = await stack.enter_async_context(
+            trainer_class(settings.trainer.kind)(
+                model,
+                dtype=placement.dtype,
+                settings=settings.trainer,
+                temperature=settings.sampling.temperature,
+                writer=writer,
+                cores=placement.trainer_cores,
+                log_path=logs / "trainer.log",
+                events=events,
+            )
+        )
+        async with create_task_group() as tasks:
+            tasks.start_soon(prepare, trainer)
+            engine = await stack.enter_async_context(
+                start_vllm(
+                    model,
+                    settings.engine,
+                    dtype=placement.dtype,
+                    lora_rank=settings.lora.rank,
+                    num_versions=settings.num_versions,
+                    log_path=logs / "engine.log",
+                    cores=placement.engine_cores,
+                )
+            )
+        yield Backend(settings, engine, trainer, tokenizer)
+
+
+def _load_tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
