@@ -57,6 +57,33 @@ class Backend:
             )
 
 
+@asynccontextmanager
+async def open_trainer(
+    settings: RunSettings, model: str, placement: Placement, marker: str, folder: Path, events: Events
+) -> AsyncIterator[Trainer]:
+    """Start the trainer alone; `model` is a folder. See `open_backend`."""
+    from rlloop.refit.transports import DiskWriter, MemoryWriter
+    from rlloop.trainer.kinds import trainer_class
+
+    writer = (
+        MemoryWriter(placement.dtype, f"{shared_memory_prefix(marker)}refit")
+        if settings.refit.transport == "memory"
+        else DiskWriter(placement.dtype, folder / "refit")
+    )
+    trainer = trainer_class(settings.trainer.kind)(
+        model,
+        dtype=placement.dtype,
+        settings=settings.trainer,
+        temperature=settings.sampling.temperature,
+        writer=writer,
+        cores=placement.trainer_cores,
+        log_path=folder / "logs" / "trainer.log",
+        events=events,
+    )
+    async with trainer:
+        yield trainer
+
+
 async def _nothing(trainer: Trainer) -> None:
     pass
 
@@ -78,35 +105,17 @@ async def open_backend(
     `folder`/events.jsonl. `prepare` gets the trainer while the engine starts. Raises RlloopError.
     """
     from rlloop.engine.vllm import start_vllm
-    from rlloop.refit.transports import DiskWriter, MemoryWriter
-    from rlloop.trainer.kinds import trainer_class
 
     placement = placement or place(settings)
     model = str(await to_thread.run_sync(resolve_model, settings.model))
-    tokenizer = await to_thread.run_sync(_load_tokenizer, model)
+    tokenizer = await to_thread.run_sync(load_tokenizer, model)
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    writer = (
-        MemoryWriter(placement.dtype, f"{shared_memory_prefix(marker)}refit")
-        if settings.refit.transport == "memory"
-        else DiskWriter(placement.dtype, folder / "refit")
-    )
     async with AsyncExitStack() as stack:
         if events is None:
             events = Events(folder / "events.jsonl")
             stack.callback(events.close)
-        trainer = await stack.enter_async_context(
-            trainer_class(settings.trainer.kind)(
-                model,
-                dtype=placement.dtype,
-                settings=settings.trainer,
-                temperature=settings.sampling.temperature,
-                writer=writer,
-                cores=placement.trainer_cores,
-                log_path=logs / "trainer.log",
-                events=events,
-            )
-        )
+        trainer = await stack.enter_async_context(open_trainer(settings, model, placement, marker, folder, events))
         async with create_task_group() as tasks:
             tasks.start_soon(prepare, trainer)
             engine = await stack.enter_async_context(
@@ -123,7 +132,8 @@ async def open_backend(
         yield Backend(settings, engine, trainer, tokenizer)
 
 
-def _load_tokenizer(model: str) -> Any:
+def load_tokenizer(model: str) -> Any:
+    """That of a folder in transformers' format."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model)

@@ -16,7 +16,7 @@ HEAVY = ("torch", "vllm", "transformers", "peft", "wandb")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "seconds"), [(["--help"], 1.0), (["grpo", "--help"], 4.0), (["grpo", "--dry-run"], 4.0)]
+    ("arguments", "seconds"), [(["--help"], 1.0), (["grpo", "--help"], 7.0), (["grpo", "--dry-run"], 7.0)]
 )
 def test_help_answers_at_once_and_imports_no_torch(arguments: list[str], seconds: float) -> None:
     program = (
@@ -28,7 +28,8 @@ def test_help_answers_at_once_and_imports_no_torch(arguments: list[str], seconds
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert child.stderr.strip() == "imported []"
     assert "grpo" in child.stdout or "group_size" in child.stdout
-    # The processor's time, for a busy machine takes longer; 1.2 s and 0.4 s on one core of 2026, which CI's is half of.
+    # The processor's time, for a busy machine takes longer. 1.2 s on one core of 2026; 3.7 s on the slowest that was seen, where
+    # torch takes 5.6 s more.
     assert (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime) <= seconds
 
 
