@@ -1,6 +1,6 @@
 """PPO with a learned critic on the policy's own base model, asynchronous.
 
-    rlloop ppo --config examples/quickstart.toml
+    rlloop ppo --config examples/quickstart.toml --optim.lr 1e-4
     rlloop ppo --env reasoning_gym --env_args '{"dataset": "products", "max_terms": 2, "min_digits": 1, "max_digits": 1}'
 
 Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (arXiv 1707.06347), with generalised advantages (Schulman et
@@ -16,7 +16,8 @@ Deviations from the paper:
   would be clipped, and the critic learns too little from one step a batch.
 * The critic has an optimizer of its own instead of a weight in a common loss.
 
-Expected: SmolLM2-135M-Instruct on `arithmetic` rises from about 0.1 to above 0.9 within 10 steps of 64 samples.
+Expected: SmolLM2-135M-Instruct on `arithmetic` rises from about 0.15 to above 0.9 within 20 steps of 64 samples. At 3e-4, which suits
+one optimizer step a batch, it gets there in 10 and collapses later.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ CRITIC = "critic"
 class CriticOptimSettings(OptimSettings):
     """AdamW, of the critic."""
 
-    lr: float = Field(3e-4, gt=0)
+    lr: float = Field(1e-3, gt=0)
     """Learning rate."""
 
 
@@ -80,8 +81,9 @@ class Config(PolicySettings):
     """What a reward one token later counts (gamma)."""
     trace_decay: float = Field(0.95, ge=0, le=1)
     """Between the critic's word one token ahead (0) and the rollout's own reward (1) (lambda)."""
-    whiten: bool = True
-    """Bring the advantages of a step's tokens to mean 0 and standard deviation 1."""
+    whiten: bool = False
+    """Bring the advantages of a step's tokens to mean 0 and standard deviation 1; where nearly all rewards are equal, that blows
+    the critic's errors up."""
     num_epochs: int = Field(1, ge=1)
     """Times that a step's samples are used."""
     num_minibatches: int = Field(4, ge=1)
@@ -108,6 +110,10 @@ class Config(PolicySettings):
                 "--max-update-kl: one optimizer step cannot end early: raise --num-minibatches (and "
                 "--groups-per-step) or --num-epochs"
             )
+        if self.max_update_kl is not None and self.proximal == "interpolated":
+            raise ValueError(
+                "--max-update-kl: measured from the policy before the update, which --proximal interpolated saves"
+            )
         return self
 
 
@@ -124,7 +130,7 @@ async def update(trainer: Trainer, groups: list[Group], config: Config, state: d
     if kl_coef := present_kl_coef(config, state):
         found["policy/kl_coef"] = kl_coef
         samples = await with_ref_logprobs(trainer, samples)
-    if config.takes_several_steps:
+    if config.takes_several_steps and config.proximal != "interpolated":
         samples = await with_old_logprobs(trainer, POLICY, samples)
     rewards = token_rewards(samples, kl_coef if config.kl_in == "reward" else 0.0)
     found |= critic_metrics(samples, rewards, discount=config.discount)

@@ -108,8 +108,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(RATES), figsize=(6 * len(RATES), 4.5), sharey=True)
-    for axis, rate in zip(axes, RATES, strict=True):
+    rates = [rate for rate in RATES if any((run["lr"], run["part"]) == (rate, "staleness") for run in runs)]
+    figure, axes = pyplot.subplots(1, len(rates), figsize=(7 * len(rates), 4.5), sharey=True, squeeze=False)
+    for axis, rate in zip(axes[0], rates, strict=True):
         for (color, staleness), bound in product(enumerate(STALENESS), BOUNDS):
             chosen = (rate, staleness, bound, "staleness")
             curves = [r["rewards"] for r in runs if (r["lr"], r["max_staleness"], r["bound"], r["part"]) == chosen]
@@ -119,7 +120,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
                 mean = np.mean(curves, axis=0)
                 axis.plot(range(1, len(mean) + 1), mean, style, color=f"C{color}", label=label, linewidth=1.2)
         axis.set(title=f"learning rate {rate}", xlabel="step", ylabel="mean reward", ylim=(0, 1.02))
-    axes[0].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=7, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -21,7 +21,7 @@ import anyio
 
 from rlloop.environment import MessageEnvironment, Policy, Trajectory
 from rlloop.plugins import load_object
-from rlloop.types import Message, Rollout
+from rlloop.types import Message, Reward, Rollout
 
 try:
     from datasets import Dataset as Rows
@@ -45,6 +45,8 @@ class Dataset(MessageEnvironment):
         split: str = "train",
     ) -> None:
         self._functions = [load_object(function) for function in rewards]
+        short = [path.rpartition(":")[2] for path in rewards]
+        self._names = short if len(set(short)) == len(short) else list(rewards)
         self._weights = [1.0] * len(rewards) if weights is None else list(weights)
         if len(self._weights) != len(rewards) or not rewards:
             raise ValueError(
@@ -79,8 +81,8 @@ class Dataset(MessageEnvironment):
         text = policy.tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
         return trajectory.finish(text, completion.finish_reason)
 
-    def score(self, task: dict[str, Any], rollout: Rollout) -> float:
-        """The weighted sum of the reward functions. Raises ValueError when none applies: then there is no reward."""
+    def score(self, task: dict[str, Any], rollout: Rollout) -> Reward:
+        """The weighted sum of the reward functions, and each. Raises ValueError when none applies: then there is no reward."""
         is_chat = not isinstance(task["prompt"], str)
         arguments = {
             "prompts": [task["prompt"]],
@@ -94,9 +96,11 @@ class Dataset(MessageEnvironment):
         found = [_call(function, arguments) for function in self._functions]
         if all(reward is None for reward in found):
             raise ValueError("every reward function returned None: expected a number from one at least")
-        return math.fsum(
+        total = math.fsum(
             weight * reward for weight, reward in zip(self._weights, found, strict=True) if reward is not None
         )
+        named = zip(self._names, found, strict=True)
+        return Reward(total, {name: reward for name, reward in named if reward is not None})
 
 
 def _call(function: Any, arguments: dict[str, Any]) -> float | None:

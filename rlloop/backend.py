@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from anyio import create_task_group, to_thread
 
-from rlloop.config import RunSettings
+from rlloop.config import RunSettings, TrainingSettings
 from rlloop.engine import Engine
 from rlloop.errors import ConfigError
 from rlloop.events import Events
@@ -59,22 +59,33 @@ class Backend:
 
 @asynccontextmanager
 async def open_trainer(
-    settings: RunSettings, model: str, placement: Placement, marker: str, folder: Path, events: Events
+    settings: TrainingSettings,
+    model: str,
+    placement: Placement,
+    marker: str,
+    folder: Path,
+    events: Events,
+    *,
+    temperature: float = 1.0,
+    transport: Literal["memory", "disk"] = "memory",
 ) -> AsyncIterator[Trainer]:
-    """Start the trainer alone; `model` is a folder. See `open_backend`."""
+    """Start the trainer alone; `model` is a folder. See `open_backend`.
+
+    `temperature` is that of the distributions whose logprobs it computes; `transport` takes the adapters that it exports.
+    """
     from rlloop.refit.transports import DiskWriter, MemoryWriter
     from rlloop.trainer.kinds import trainer_class
 
     writer = (
         MemoryWriter(placement.dtype, f"{shared_memory_prefix(marker)}refit")
-        if settings.refit.transport == "memory"
+        if transport == "memory"
         else DiskWriter(placement.dtype, folder / "refit")
     )
     trainer = trainer_class(settings.trainer.kind)(
         model,
         dtype=placement.dtype,
         settings=settings.trainer,
-        temperature=settings.sampling.temperature,
+        temperature=temperature,
         writer=writer,
         cores=placement.trainer_cores,
         log_path=folder / "logs" / "trainer.log",
@@ -115,7 +126,18 @@ async def open_backend(
         if events is None:
             events = Events(folder / "events.jsonl")
             stack.callback(events.close)
-        trainer = await stack.enter_async_context(open_trainer(settings, model, placement, marker, folder, events))
+        trainer = await stack.enter_async_context(
+            open_trainer(
+                settings,
+                model,
+                placement,
+                marker,
+                folder,
+                events,
+                temperature=settings.sampling.temperature,
+                transport=settings.refit.transport,
+            )
+        )
         async with create_task_group() as tasks:
             tasks.start_soon(prepare, trainer)
             engine = await stack.enter_async_context(

@@ -14,7 +14,7 @@ from rlloop import __version__
 from rlloop.errors import ConfigError, RlloopError, Stopped
 
 if TYPE_CHECKING:
-    from rlloop.config import RunSettings
+    from rlloop.config import TrainingSettings
 
 ALGORITHMS = "rlloop.algorithms"  # a name, not an import: the library knows no algorithm
 
@@ -64,7 +64,7 @@ def _resumed(arguments: list[str]) -> list[str]:
     return [argument for argument in arguments if argument not in ("--overwrite", "--resume")] + ["--resume"]
 
 
-def _where(settings: RunSettings) -> str:
+def _where(settings: TrainingSettings) -> str:
     return f"run directory: {settings.run_dir} (logs/ has what engine and trainer said)\n"
 
 

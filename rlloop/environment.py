@@ -64,7 +64,8 @@ class Environment(Protocol):
         ...
 
     def score(self, task: Any, rollout: Rollout) -> float:
-        """The reward. Runs in a worker process that is killed when it takes too long."""
+        """The reward; a `rlloop.types.Reward` says what it is made of. Runs in a worker process that is killed when it takes too
+        long."""
         ...
 
 

@@ -4,7 +4,7 @@ A data loader's cursor advances when a prompt is drawn, not when it is trained; 
 flight, which is biased to long rollouts. The ledger counts what is *done* instead:
 
     next() ──▶ in flight ──▶ trained
-                         └─▶ dropped (stale, failed, filtered, too_long)
+                         └─▶ dropped (stale, failed, filtered, too_long; curriculum: passed over by next())
 
 An *ordinal* counts prompts over the whole run: its epoch is ordinal // num_tasks, and its task is at place
 ordinal % num_tasks of the epoch's seeded permutation. Saved are the low-water mark, below which everything is done,
@@ -22,18 +22,22 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from rlloop.config import CurriculumSettings
 from rlloop.errors import RunDirectoryError
 
-DropReason = Literal["stale", "failed", "filtered", "too_long"]
+DropReason = Literal["stale", "failed", "filtered", "too_long", "curriculum"]
 
 
 class Ledger:
     """Hands out the run's prompts in order, and records what became of each.
 
-    `fingerprint` identifies the environment's tasks; see `fingerprint()`.
+    `fingerprint` identifies the environment's tasks; see `fingerprint()`. With a curriculum, tasks whose pass rate is out of its
+    bounds are passed over, most of the time.
     """
 
-    def __init__(self, num_tasks: int, seed: int, fingerprint: str) -> None:
+    def __init__(
+        self, num_tasks: int, seed: int, fingerprint: str, curriculum: CurriculumSettings | None = None
+    ) -> None:
         if num_tasks < 1:
             raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
         self.num_tasks = num_tasks
@@ -48,6 +52,9 @@ class Ledger:
         self._done: set[int] = set()  # at or above low_water
         self._in_flight: set[int] = set()
         self._order: tuple[int, np.ndarray[Any, np.dtype[np.int64]]] | None = None
+        self._curriculum = curriculum or CurriculumSettings()
+        self._pass_rates: dict[int, float] = {}
+        """Of tasks, when they were last answered; kept where there is a curriculum."""
 
     @property
     def num_in_flight(self) -> int:
@@ -56,13 +63,22 @@ class Ledger:
 
     def next(self) -> tuple[int, int, int]:
         """The next prompt: (ordinal, index of the task, seed in [0, 2^31))."""
-        while self._next in self._done:
+        while True:
+            while self._next in self._done:
+                self._next += 1
+            ordinal = self._next
             self._next += 1
-        ordinal = self._next
-        self._next += 1
-        self._in_flight.add(ordinal)
-        digest = hashlib.blake2b(f"{self.seed}:{ordinal}".encode(), digest_size=4).digest()
-        return ordinal, self._index(ordinal), int.from_bytes(digest, "little") >> 1
+            self._in_flight.add(ordinal)
+            digest = hashlib.blake2b(f"{self.seed}:{ordinal}".encode(), digest_size=4).digest()
+            index, seed = self._index(ordinal), int.from_bytes(digest, "little") >> 1
+            if self._is_wanted(index, seed):
+                return ordinal, index, seed
+            self.dropped(ordinal, "curriculum")
+
+    def answered(self, index: int, pass_rate: float) -> None:
+        """The mean reward of the task's newest group."""
+        if self._curriculum.keep < 1:
+            self._pass_rates[index] = pass_rate
 
     def trained(self, ordinals: Iterable[int], step: int) -> None:
         """These prompts were trained on in this optimizer step.
@@ -93,10 +109,18 @@ class Ledger:
             "low_water": self.low_water,
             "done": sorted(self._done),
             "counts": dict(self.counts),
+            "pass_rates": sorted(self._pass_rates.items()),
         }
 
     @classmethod
-    def restore(cls, state: Mapping[str, Any], num_tasks: int, seed: int, fingerprint: str) -> Ledger:
+    def restore(
+        cls,
+        state: Mapping[str, Any],
+        num_tasks: int,
+        seed: int,
+        fingerprint: str,
+        curriculum: CurriculumSettings | None = None,
+    ) -> Ledger:
         """The ledger that `state` was taken from, with nothing in flight.
 
         Raises RunDirectoryError if the run's prompts are no longer the same, in number, content or order.
@@ -109,12 +133,19 @@ class Ledger:
                 f"cannot resume, the run's prompts have changed: {'; '.join(changes)}. Restore the environment, its "
                 "arguments and the seed that the run began with, or start a new run with another --run-dir"
             )
-        ledger = cls(num_tasks, seed, fingerprint)
+        ledger = cls(num_tasks, seed, fingerprint, curriculum)
         ledger.low_water = ledger._next = state["low_water"]
         ledger.counts.update(state["counts"])
         ledger._step = state["step"]
         ledger._done = set(state["done"])
+        ledger._pass_rates = dict(state.get("pass_rates", []))
         return ledger
+
+    def _is_wanted(self, index: int, seed: int) -> bool:
+        bounds, rate = self._curriculum, self._pass_rates.get(index)
+        if rate is None or bounds.above < rate < bounds.below:
+            return True
+        return seed < bounds.keep * 2**31  # the same prompt is decided on alike after a resume
 
     def _finish(self, ordinals: list[int], what: str) -> None:
         if strangers := [ordinal for ordinal in ordinals if ordinal not in self._in_flight]:

@@ -13,8 +13,9 @@ synchronous loop.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
+from statistics import fmean
 from time import monotonic
 from typing import Any, Protocol
 
@@ -152,7 +153,7 @@ class Loop:
                 self._drop(group.prompt.ordinal, "stale")
                 tasks.start_soon(self._fill_slot)
             if groups := self._backlog.take_batch(self.version):
-                return groups
+                return [replace(group, staleness=self.version - group.policy_version) for group in groups]
             if (finished := await self._finished.receive()) is not None:
                 self._backlog.finish(finished)
 
@@ -174,6 +175,8 @@ class Loop:
             try:
                 group = await self._stages.sample(prompt, version)
                 self.failures.update(failure.kind for failure in group.failures)
+                if group.rewards:
+                    self._ledger.answered(index, fmean(group.rewards))
                 reason = self._reason_to_drop(group)
             except PromptTooLong:
                 reason = "too_long"

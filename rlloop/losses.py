@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Surrogate: TypeAlias = "Callable[[Tensor, Tensor, TokenBatch], tuple[Tensor, Mapping[str, Tensor]]]"
 """(logprobs [N] under gradient, old_logprobs [N], tokens) -> (loss of each token [N], metrics [N])."""
-Proximal = Literal["trainer", "rollout"]
+Proximal = Literal["trainer", "rollout", "interpolated"]
 KlEstimator = Literal["k1", "k2", "k3"]
 
 
@@ -105,7 +105,8 @@ def policy_loss(
 
     `proximal`: which policy the surrogate's ratio is to. `trainer`: the trainer's before the update, and w are
     `corrections.importance_weights` with the settings `correction` (decoupled PPO, Hilton et al. 2021, arXiv 2110.00641).
-    `rollout`: the one that sampled, as PPO was published; the ratio itself corrects, and w is 1.
+    `rollout`: the one that sampled, as PPO was published; the ratio itself corrects, and w is 1. `interpolated`: as
+    `trainer`, with `interpolated_logprobs` for the policy before the update, which saves the pass that computes it.
 
     `tokens.old_logprobs` None stands for `logprobs.detach()`. That is exact when the batch is used for one optimizer
     step, because the gradient is taken where old and new policy are equal: the ratio to it is 1, nothing is clipped, and
@@ -117,11 +118,15 @@ def policy_loss(
     `tokens.ref_logprobs`.
     """
     old_logprobs = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
-    proximal_logprobs = tokens.rollout_logprobs if proximal == "rollout" else old_logprobs
+    proximal_logprobs = {
+        "trainer": lambda: old_logprobs,
+        "rollout": lambda: tokens.rollout_logprobs,
+        "interpolated": lambda: interpolated_logprobs(logprobs.detach(), tokens),
+    }[proximal]()
     token_loss, metrics = surrogate(logprobs, proximal_logprobs, tokens)
-    if proximal == "trainer":
+    if proximal != "rollout":
         token_loss = token_loss * importance_weights(
-            old_logprobs, tokens.rollout_logprobs, tokens.sample_index, **(correction or {})
+            proximal_logprobs, tokens.rollout_logprobs, tokens.sample_index, **(correction or {})
         )
     metrics = {
         **metrics,
@@ -137,6 +142,27 @@ def policy_loss(
         raise ValueError(f"kl_coef={kl_coef} needs the base's logprobs, but the samples carry no ref_logprobs")
     loss = (tokens.loss_weights * token_loss).sum()
     return loss, {name: metric.detach().to(logprobs.dtype) for name, metric in metrics.items()}
+
+
+def interpolated_logprobs(logprobs: Tensor, tokens: TokenBatch) -> Tensor:
+    """Stand-in [N] for the logprobs of the policy before the update: on the line from the policy that sampled to the one that is
+    updated, at s / (s + 1) for a sample that is s versions old.
+
+    A fresh sample's is the policy that sampled it, as in PPO; the older a sample, the closer to the present policy, the
+    less is clipped and the more is left to the importance weight. A-3PO (Li et al. 2025, arXiv 2512.06547).
+    Raises ValueError when the samples do not say how old they are.
+    """
+    if tokens.staleness is None:
+        raise ValueError("an interpolated proximal policy needs samples that carry their staleness")
+    return (tokens.rollout_logprobs + tokens.staleness * logprobs) / (tokens.staleness + 1)
+
+
+def negative_log_likelihood(logprobs: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of -loss_weights * logprobs: with weights 1 / (tokens of the batch), the cross entropy of supervised training.
+
+    Metric: `nll`, of each token.
+    """
+    return -(tokens.loss_weights * logprobs).sum(), {"nll": -logprobs.detach()}
 
 
 def value_loss(values: Tensor, tokens: TokenBatch, *, clip: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:

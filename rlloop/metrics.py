@@ -11,7 +11,7 @@ import numpy as np
 from rlloop.engine import Engine
 from rlloop.ledger import Ledger
 from rlloop.loop import Loop, Step
-from rlloop.types import Group, Metrics
+from rlloop.types import Group, Metrics, Reward
 from rlloop.updates import PER_TOKEN
 
 SAMPLED = "progress/tokens_sampled"
@@ -45,6 +45,7 @@ class StepMetrics:
         """All metrics of a step that has just ended; the checkpoint is the one after the step before."""
         change = self._change_since_last()
         seconds = change["clock"]
+        staleness = [group.staleness for group in step.groups]
         engine_busy, trainer_busy = change["engine"] / seconds, step.update_seconds / seconds
         statistics = self._engine.statistics()
         self._engine.reset_longest_gap()
@@ -56,7 +57,8 @@ class StepMetrics:
             **_reward_metrics([*step.groups, *step.filtered]),
             **_completion_metrics(step.groups),
             **step.metrics,
-            **self._staleness(step),
+            "async/staleness_mean": float(np.mean(staleness)),
+            "async/staleness_max": float(max(staleness)),
             "async/in_flight": float(self._loop.num_in_flight),
             "async/dropped_groups": change["dropped"],
             "async/dropped_stale": change["stale"],
@@ -81,6 +83,7 @@ class StepMetrics:
             "perf/gen_tokens_per_second": change["generated"] / seconds,
             **self.totals,
             "progress/prompts": float(self._ledger.counts["trained"]),
+            "progress/passed_over": float(self._ledger.counts["curriculum"]),
             "progress/epoch": sum(self._ledger.counts.values()) / self._ledger.num_tasks,
         }
 
@@ -101,20 +104,23 @@ class StepMetrics:
         self._before = now
         return change
 
-    def _staleness(self, step: Step) -> Metrics:
-        staleness = [step.number - 1 - group.policy_version for group in step.groups]
-        return {"async/staleness_mean": float(np.mean(staleness)), "async/staleness_max": float(max(staleness))}
-
 
 def _reward_metrics(groups: list[Group]) -> Metrics:
     rewards = [np.array(group.rewards) for group in groups]
     every = np.concatenate(rewards)
+    parts: defaultdict[str, list[float]] = defaultdict(list)
+    for group in groups:
+        for reward in group.rewards:
+            if isinstance(reward, Reward):
+                for name, value in reward.parts.items():
+                    parts[f"reward/{name}/mean"].append(value)
     return {
         "reward/mean": float(every.mean()),
         "reward/std": float(every.std()),
         "reward/min": float(every.min()),
         "reward/max": float(every.max()),
         "reward/frac_zero_std": float(np.mean([np.ptp(group) == 0 for group in rewards])),
+        **{name: float(np.mean(values)) for name, values in parts.items()},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from rlloop.config import LoraSettings
 from rlloop.errors import ConfigError
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -38,6 +40,24 @@ def resolve_model(name: str) -> Path | str:
     if not _HUB_ID.fullmatch(name):
         raise ConfigError(f"--model: expected a hub id (owner/name), an existing folder or {SMOLLM2}, got {name!r}")
     return name
+
+
+def check_adapter(folder: Path, lora: LoraSettings) -> None:
+    """Raise ConfigError unless the folder holds a LoRA adapter, as PEFT saves it, of this rank and scale.
+
+    Names and shapes are checked by the trainer that loads it.
+    """
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise ConfigError(f"--init-adapter: expected a folder with {file.name}, as PEFT saves an adapter, got {folder}")
+    saved = json.loads(file.read_text())
+    expected = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": False, "use_dora": False}
+    for key, value in expected.items():
+        if (found := saved.get(key, False)) != value:
+            raise ConfigError(
+                f"--init-adapter {folder}: expected {key} {value}, got {found}; set --lora.rank and --lora.alpha as it was "
+                "trained (rank-stabilised LoRA and DoRA cannot be begun with)"
+            )
 
 
 def cache_folder() -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlloop.config import RunSettings
+from rlloop.config import RunSettings, TrainingSettings
 from rlloop.errors import ConfigError
 
 _CORE_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
@@ -16,7 +16,7 @@ _CORE_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`None` for cores means a GPU."""
+    """`None` for cores means a GPU, and no cores that there is no engine."""
 
     dtype: Literal["bfloat16", "float32"]
     engine_cores: frozenset[int] | None
@@ -25,13 +25,24 @@ class Placement:
     def __str__(self) -> str:
         if self.engine_cores is None or self.trainer_cores is None:
             return f"in {self.dtype} on a GPU"
-        return f"in {self.dtype} on cores {sorted(self.engine_cores)} and {sorted(self.trainer_cores)}"
+        cores = [str(sorted(own)) for own in (self.engine_cores, self.trainer_cores) if own]
+        return f"in {self.dtype} on cores {' and '.join(cores)}"
 
 
 def place(settings: RunSettings) -> Placement:
     """What this machine offers to this run. Raises ConfigError as `split_cores` does."""
     cores = (None, None) if has_gpu() else split_cores(settings, os.sched_getaffinity(0))
     return Placement(resolve_dtype(settings), *cores)
+
+
+def place_trainer(settings: TrainingSettings) -> Placement:
+    """What this machine offers to a trainer without an engine: all cores, unless the settings say which. Raises ConfigError as
+    `split_cores` does."""
+    if has_gpu():
+        return Placement(resolve_dtype(settings), None, None)
+    available = os.sched_getaffinity(0)
+    cores = _explicit(settings.trainer.cpu_cores, "--trainer.cpu-cores", available) or frozenset(available)
+    return Placement(resolve_dtype(settings), frozenset(), cores)
 
 
 def split_cores(settings: RunSettings, available: set[int]) -> tuple[frozenset[int], frozenset[int]]:
@@ -81,7 +92,7 @@ def fast_bfloat16() -> bool:
     return flags is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
 
 
-def resolve_dtype(settings: RunSettings) -> Literal["bfloat16", "float32"]:
+def resolve_dtype(settings: TrainingSettings) -> Literal["bfloat16", "float32"]:
     """`auto` becomes bfloat16 on a GPU and on processors that are fast at it, else float32."""
     if settings.dtype != "auto":
         return settings.dtype

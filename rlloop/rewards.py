@@ -28,7 +28,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 from rlloop.environment import Environment, load_environment
 from rlloop.errors import BadEnvironmentError
-from rlloop.types import Failure, Rollout
+from rlloop.types import Failure, Reward, Rollout
 
 START_TIMEOUT = 300.0
 """Seconds that a worker may take to import and build the environment."""
@@ -85,7 +85,9 @@ class Scorer:
                     self._idle.append(worker)
                 else:
                     await worker.kill()
-        return outcome["reward"] if "reward" in outcome else Failure("error", "score", outcome["error"])
+        if "error" in outcome:
+            return Failure("error", "score", outcome["error"])
+        return Reward(outcome["reward"], outcome["parts"]) if "parts" in outcome else outcome["reward"]
 
 
 class _Worker:
@@ -189,7 +191,8 @@ def _score(environment: Environment, request: bytes) -> dict[str, Any]:
         return {"error": explain(error)}
     if not math.isfinite(reward):
         return {"error": f"score() must return a finite number, but returned {reprlib.repr(value)}"}
-    return {"reward": reward}
+    parts = {"parts": dict(value.parts)} if isinstance(value, Reward) else {}
+    return {"reward": reward, **parts}
 
 
 def _die_with_parent(lifeline: int) -> None:

@@ -6,11 +6,12 @@ import gc
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
@@ -28,7 +29,7 @@ from rlloop.events import Events
 from rlloop.ledger import Ledger, fingerprint
 from rlloop.loop import Loop, Step
 from rlloop.metrics import StepMetrics, completion_rows
-from rlloop.models import resolve_model
+from rlloop.models import check_adapter, resolve_model
 from rlloop.placement import place
 from rlloop.processes import guard
 from rlloop.refit.publisher import Refit
@@ -215,6 +216,8 @@ async def open_run(
     # First what needs no run directory: a typo leaves none behind.
     placement = place(settings)
     environment = load_environment(settings.env, settings.all_env_args)
+    if settings.init_adapter is not None:
+        check_adapter(settings.init_adapter, settings.lora)
     if backend is None:
         await to_thread.run_sync(resolve_model, settings.model)
     else:
@@ -240,7 +243,9 @@ async def open_run(
 
         policy: tuple[LoraConfig, Head] = LoraConfig(**dict(settings.lora), seed=settings.seed), "policy"
         all_adapters = {POLICY: policy, **(adapters or {})}
-        prepare = partial(create_adapters, adapters=all_adapters, checkpoint=checkpoint)
+        prepare = partial(
+            create_adapters, adapters=all_adapters, checkpoint=checkpoint, begin_with=settings.init_adapter
+        )
         if is_shared := backend is not None:
             await prepare(backend.trainer)
         else:
@@ -280,12 +285,25 @@ async def _leave(trainer: Trainer, refit: Refit, adapters: Adapters) -> None:
             await trainer.remove_adapter(name)
 
 
-async def create_adapters(trainer: Trainer, adapters: Adapters, checkpoint: Checkpoint | None) -> None:
-    """With the weights that they have in the checkpoint."""
+async def create_adapters(
+    trainer: Trainer, adapters: Adapters, checkpoint: Checkpoint | None, begin_with: Path | None = None
+) -> None:
+    """With the weights that they have in the checkpoint; without one, the policy's are those of the adapter `begin_with`."""
     for name, (lora, head) in adapters.items():
         await trainer.create_adapter(name, lora, head)
         if checkpoint is not None:
             await trainer.load(name, _adapter_folder(checkpoint.folder, name))
+        elif begin_with is not None and name == POLICY:
+            with _as_checkpoint(begin_with) as folder:
+                await trainer.load(name, folder)
+
+
+@contextmanager
+def _as_checkpoint(adapter: Path) -> Iterator[Path]:
+    """A checkpoint's folder with this adapter, and without the state of its optimizer."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "adapter").symlink_to(adapter.resolve())
+        yield Path(folder)
 
 
 def _adapter_folder(checkpoint: Path, name: str) -> Path:
@@ -302,8 +320,8 @@ def _open_ledger(settings: RunSettings, environment: Environment, checkpoint: Ch
     tasks = [environment.task(index) for index in range(min(num_tasks, 16))]
     identity = fingerprint(settings.env, settings.all_env_args, num_tasks, tasks)
     if checkpoint is None:
-        return Ledger(num_tasks, settings.seed, identity), identity
-    return Ledger.restore(checkpoint.ledger, num_tasks, settings.seed, identity), identity
+        return Ledger(num_tasks, settings.seed, identity, settings.curriculum), identity
+    return Ledger.restore(checkpoint.ledger, num_tasks, settings.seed, identity, settings.curriculum), identity
 
 
 def run(main: Callable[[SettingsT, str], Coroutine[Any, Any, None]], settings: SettingsT) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from rlloop.config import RunSettings
+from rlloop.config import TrainingSettings
 from rlloop.errors import RunDirectoryError
 
 CONFIG = "config.toml"
@@ -26,6 +26,7 @@ ATTEMPT = "attempt"
 FIXED = (
     *("model", "env", "env_args", "seed", "group_size", "lora.rank", "lora.alpha", "lora.targets"),
     *("critic.lora.rank", "critic.lora.alpha", "critic.lora.targets"),
+    *("dataset", "dataset_name", "split", "max_length"),
 )
 """Settings that a resumed run must share with its checkpoints."""
 
@@ -69,7 +70,7 @@ class RunDirectory:
         self.close()
 
 
-def open_run_directory(settings: RunSettings) -> RunDirectory:
+def open_run_directory(settings: TrainingSettings) -> RunDirectory:
     """Create `settings.run_dir`; with `overwrite` empty it first, with `resume` go on in it.
 
     A run that was started but has no checkpoint yet can be resumed: it begins anew, as its next attempt.
@@ -103,7 +104,7 @@ def open_run_directory(settings: RunSettings) -> RunDirectory:
     return run_directory
 
 
-def _check(path: Path, settings: RunSettings) -> None:
+def _check(path: Path, settings: TrainingSettings) -> None:
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"--run-dir {path} is not a directory")
     content = set(os.listdir(path)) if path.exists() else set()
@@ -144,7 +145,7 @@ def _empty(path: Path) -> None:
             entry.unlink()
 
 
-def _check_fixed(path: Path, settings: RunSettings) -> None:
+def _check_fixed(path: Path, settings: TrainingSettings) -> None:
     try:
         before = tomllib.loads((path / CONFIG).read_text())
     except ValueError as error:

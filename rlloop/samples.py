@@ -37,7 +37,7 @@ def make_samples(
     credit_of = np.concatenate([advantages(group.rewards) for group in groups])
     if whiten:
         credit_of = whitened(credit_of)
-    prompt_ids = [group.prompt.ordinal for group in groups for _ in group.rollouts]
+    of_rollouts = [group for group in groups for _ in group.rollouts]
     weights = loss_weights([int(rollout.loss_mask.sum()) for rollout in rollouts])
     return [
         Sample(
@@ -46,9 +46,10 @@ def make_samples(
             rollout_logprobs=rollout.rollout_logprobs,
             advantages=np.full(len(rollout.tokens), credit, np.float32),
             loss_weights=np.full(len(rollout.tokens), weight, np.float32),
-            prompt_id=prompt_id,
+            prompt_id=group.prompt.ordinal,
+            staleness=np.full(len(rollout.tokens), group.staleness, np.float32),
         )
-        for rollout, credit, weight, prompt_id in zip(rollouts, credit_of, weights, prompt_ids, strict=True)
+        for rollout, group, credit, weight in zip(rollouts, of_rollouts, credit_of, weights, strict=True)
         if rollout.loss_mask.any()
     ]
 

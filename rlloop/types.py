@@ -91,6 +91,26 @@ class Failure:
     message: str
 
 
+class Reward(float):
+    """A reward that says what it is made of; a float, so that whoever only wants that need not know.
+
+    `parts`: by name, such as that of a reward function, before any weighing; logged as `reward/<name>/mean`.
+    """
+
+    __slots__ = ("parts",)
+
+    def __new__(cls, value: float, parts: Mapping[str, float]) -> Reward:
+        """The sum and its parts."""
+        reward = super().__new__(cls, value)
+        reward.parts = dict(parts)
+        return reward
+
+    def __getnewargs__(self) -> tuple[float, Mapping[str, float]]:  # type: ignore[override]
+        return float(self), self.parts
+
+    parts: Mapping[str, float]
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """The scored rollouts of one prompt, all sampled by one policy version."""
@@ -98,9 +118,11 @@ class Group:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     rewards: tuple[float, ...]
-    """Of the rollouts, in their order."""
+    """Of the rollouts, in their order; some may be a `Reward`."""
     policy_version: int
     failures: tuple[Failure, ...] = ()
+    staleness: int = 0
+    """Versions that the trainer is ahead of `policy_version`, once the group is taken for a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +144,8 @@ class Sample:
     """A value adapter's, before the update."""
     returns: FloatArray | None = None
     """What its values should be."""
+    staleness: FloatArray | None = None
+    """Versions that the trainer is ahead of the one that sampled the token."""
 
 
 @dataclass(frozen=True, slots=True)

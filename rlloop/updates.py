@@ -65,7 +65,7 @@ def after_step(settings: PolicySettings, state: dict[str, float], metrics: Metri
     kl = metrics.get("policy/kl_ref")
     if settings.kl_target and kl is not None and isfinite(kl):
         state["kl_coef"] = adapted_kl_coef(present_kl_coef(settings, state), kl, settings.kl_target)
-    if settings.correction.bound == "none" and settings.proximal == "trainer":
+    if settings.correction.bound == "none" and settings.proximal != "rollout":
         warn_if_stale(metrics)
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlloop.config import CurriculumSettings
 from rlloop.errors import RunDirectoryError
 from rlloop.ledger import Ledger, fingerprint
 
@@ -54,7 +55,36 @@ def test_resume_admits_what_was_in_flight_again_and_in_order():
     resumed = reload(ledger)
     assert resumed.num_in_flight == 0
     assert [resumed.next() for _ in range(5)] == [first[2], first[3], first[5], first[6], first[7]]
-    assert resumed.counts == {"trained": 2, "stale": 1, "failed": 0, "filtered": 0, "too_long": 0}
+    assert resumed.counts == {"trained": 2, "stale": 1, "failed": 0, "filtered": 0, "too_long": 0, "curriculum": 0}
+
+
+def test_a_curriculum_passes_over_what_is_solved_or_hopeless():
+    ledger = Ledger(300, 0, "f", CurriculumSettings(keep=0.25))
+    assert ledger.next() == Ledger(300, 0, "f").next()
+    rates = {}
+    for _ in range(299):  # of an epoch that nothing is known of yet
+        _, index, _ = ledger.next()
+        rates[index] = (0.0, 0.5, 1.0)[index % 3]
+    for index, rate in rates.items():
+        ledger.answered(index, rate)
+    second, (ordinal, index, _) = [], ledger.next()
+    while ordinal < 600:
+        second.append(index)
+        ordinal, index, _ = ledger.next()
+    assert (
+        sum(index % 3 == 1 for index in second) >= 99
+    )  # all that are half solved, but for one that may have no rate yet
+    assert 30 <= sum(index % 3 != 1 for index in second) <= 70  # a quarter of the other 200
+    assert ledger.counts["curriculum"] == (300 - len(second)) + (ordinal - 600)
+
+    resumed = Ledger.restore(json.loads(json.dumps(ledger.state())), 300, 0, "f", CurriculumSettings(keep=0.25))
+    assert resumed.state() == ledger.state()
+
+
+def test_without_a_curriculum_pass_rates_are_not_kept():
+    ledger = Ledger(10, 0, "f")
+    ledger.answered(3, 0.5)
+    assert ledger.state()["pass_rates"] == []
 
 
 def test_memory_is_bounded_by_what_is_in_flight():

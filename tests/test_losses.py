@@ -18,6 +18,7 @@ from rlloop.losses import (
     clipped,
     clipped_weight,
     geometric_clipped,
+    interpolated_logprobs,
     kl_penalty,
     policy_loss,
     sequence_clipped,
@@ -87,6 +88,20 @@ def test_the_ratio_can_be_to_the_policy_that_sampled() -> None:
     torch.testing.assert_close(logprobs.grad, float64(0, -1.0, -2.2, 1.5, 0, 1.1), rtol=0, atol=1e-6)
     torch.testing.assert_close(metrics["mismatch_ratio"], float64(1.5, 0.5, 1.1, 1.5, 0.5, 1.1), rtol=0, atol=1e-6)
     assert metrics["sampler_kl"].min() > 0
+
+
+def test_the_policy_before_the_update_can_be_interpolated_by_age() -> None:
+    """Fresh: the ratio is to the sampler, with weight 1. Three versions old: ratio 16^(1/4) = 2, weight 16^(3/4) = 8."""
+    logprobs = float64(0.32, 0.32).log().requires_grad_()
+    rollout = float64(0.02, 0.02).log()
+    tokens = batch(float64(-1, -1), rollout, staleness=float64(0, 3))
+    torch.testing.assert_close(interpolated_logprobs(logprobs.detach(), tokens).exp(), float64(0.02, 0.16))
+    loss, _ = policy_loss(logprobs, tokens, proximal="interpolated", correction={"cap": 100.0})
+    assert loss.item() == pytest.approx(16 * 1 + 2 * 8, abs=1e-6)
+    loss.backward()  # of the ratio alone: neither the weight nor the proximal policy has one
+    torch.testing.assert_close(logprobs.grad, float64(16, 16), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="carry their staleness"):
+        policy_loss(logprobs, batch(float64(1, 1), rollout), proximal="interpolated")
 
 
 def test_kl_to_the_base_by_hand() -> None:

@@ -15,7 +15,7 @@ from rlloop.ledger import Ledger
 from rlloop.loop import Step
 from rlloop.metrics import StepMetrics, completion_rows
 from rlloop.tracking.keys import DOCUMENTED
-from rlloop.types import EngineStatistics, Group, Prompt, RefitReport, Rollout
+from rlloop.types import EngineStatistics, Group, Prompt, RefitReport, Reward, Rollout
 
 STATISTICS = EngineStatistics(100, 10.0, 0, 0, 0.0, 0.25, {1: 0.5})
 REPORT = RefitReport(2, 4096, 0.01, 0.02, 0.03, 0.04, 0.2)
@@ -62,7 +62,7 @@ def rollout(text: str, num_sampled: int = 2, finish_reason: str = "stop", **metr
 def make_step(**changes: Any) -> Step:
     groups = [
         Group(Prompt(4, 0, 0, None), (rollout("a"), rollout("b", 4, "length", tries=2)), (0.0, 1.0), policy_version=1),
-        Group(Prompt(5, 1, 0, None), (rollout("c"), rollout("d", tries=4)), (0.5, 0.5), policy_version=0),
+        Group(Prompt(5, 1, 0, None), (rollout("c"), rollout("d", tries=4)), (0.5, 0.5), policy_version=0, staleness=1),
     ]
     trained = {"optim/skipped_steps": 0.0, "progress/tokens_trained": 10.0, "optim/lr": 0.1}
     return replace(Step(2, groups, trained, 1.5, 2.0, REPORT), **changes)
@@ -118,6 +118,17 @@ def test_one_step(clock: Clock) -> None:
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert engine.num_resets == 1
+
+
+def test_parts_of_rewards_are_averaged_over_the_rollouts_that_have_them(clock: Clock) -> None:
+    metrics, _, _ = make_metrics()
+    clock.now += 4.0
+    rewards = (Reward(1.5, {"right": 1.0, "brief": 0.5}), Reward(0.25, {"brief": 0.25}))
+    step = make_step()
+    first, second = step.groups
+    found = metrics.of(replace(step, groups=[replace(first, rewards=rewards), second]))
+    assert (found["reward/right/mean"], found["reward/brief/mean"]) == (1.0, 0.375)
+    assert found["reward/mean"] == pytest.approx((1.5 + 0.25 + 0.5 + 0.5) / 4)
 
 
 def test_the_next_step_has_its_own_changes_and_the_totals_of_both(clock: Clock) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rlloop.config import LoraSettings
 from rlloop.errors import ConfigError
-from rlloop.models import SMOLLM2, cache_folder, resolve_model
+from rlloop.models import SMOLLM2, cache_folder, check_adapter, resolve_model
 
 
 def test_a_hub_id_is_passed_on() -> None:
@@ -23,6 +24,19 @@ def test_a_local_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     assert resolve_model(str(folder)) == folder
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_model("~/my model") == folder
+
+
+def test_an_adapter_to_begin_with_must_have_the_runs_rank_and_scale(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--init-adapter: expected a folder with adapter_config\.json"):
+        check_adapter(tmp_path, LoraSettings())
+    config = {"r": 8, "lora_alpha": 16, "use_rslora": False}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    check_adapter(tmp_path, LoraSettings(rank=8, alpha=16.0))
+    with pytest.raises(ConfigError, match=r"expected lora_alpha 32\.0, got 16; set --lora\.rank and --lora\.alpha"):
+        check_adapter(tmp_path, LoraSettings(rank=8, alpha=32.0))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(ConfigError, match="use_dora"):
+        check_adapter(tmp_path, LoraSettings(rank=8, alpha=16.0))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

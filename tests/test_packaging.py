@@ -38,8 +38,8 @@ LAYERS = (
     ),
     ("engine", "trainer", "checkpoint", "run_directory"),
     ("refit",),
-    ("rollouts", "samples", "updates", "loop", "metrics", "evaluation", "backend"),
-    ("run", "algorithms", "cli"),
+    ("rollouts", "samples", "supervised", "updates", "loop", "metrics", "evaluation", "backend"),
+    ("run", "supervised_run", "algorithms", "cli"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 # Third-party package -> the only folders that may import it.

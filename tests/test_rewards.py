@@ -1,4 +1,5 @@
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,11 +14,12 @@ import pytest
 
 from rlloop.errors import BadEnvironmentError
 from rlloop.rewards import Scorer
-from rlloop.types import Failure, Rollout
+from rlloop.types import Failure, Reward, Rollout
 
 REWARDS = """
 import os, re, subprocess, sys, time
 import numpy as np
+from rlloop.types import Reward
 
 class Env:
     def __init__(self, bonus=0.0, seconds=0.0):
@@ -32,6 +34,7 @@ class Env:
         match rollout.text:
             case "right": return 1 + self.bonus
             case "bool": return np.bool_(True)
+            case "parts": return Reward(0.5, {"form": 1.0, "content": 0.0})
             case "raise": return task["missing"]
             case "nan": return float("nan")
             case "string": return "1.0"
@@ -104,6 +107,20 @@ async def test_rewards_and_failures() -> None:
             else:
                 assert outcome == expectation
                 assert type(outcome) is float
+
+
+@pytest.mark.anyio
+async def test_what_a_reward_is_made_of_comes_with_it() -> None:
+    async with scorer() as rewards:
+        outcome = await rewards.score({}, rollout("parts"))
+    assert outcome == 0.5
+    assert isinstance(outcome, Reward)
+    assert outcome.parts == {"form": 1.0, "content": 0.0}
+
+
+def test_a_reward_survives_a_process_boundary() -> None:
+    reward = pickle.loads(pickle.dumps(Reward(0.5, {"form": 1.0})))
+    assert (reward, reward.parts, type(reward)) == (0.5, {"form": 1.0}, Reward)
 
 
 @pytest.mark.anyio

@@ -14,7 +14,7 @@ from rlloop.tracking.files import Files
 from rlloop.tracking.isolation import Isolated
 
 if TYPE_CHECKING:
-    from rlloop.config import RunSettings
+    from rlloop.config import TrainingSettings
 
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Trackers:
                 logger.warning("%s failed %d times", isolated.name, isolated.failures)
 
 
-def open_trackers(settings: RunSettings, run_dir: Path, attempt: int) -> Trackers:
+def open_trackers(settings: TrainingSettings, run_dir: Path, attempt: int) -> Trackers:
     """Files and terminal always, W&B and TensorBoard as the settings say; returns without waiting for any of them.
 
     `attempt` counts the starts of this run directory. Raises ConfigError when W&B is asked for and not installed.

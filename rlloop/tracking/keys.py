@@ -108,6 +108,7 @@ DOCUMENTED: dict[str, Metric] = {
     "progress/tokens_sampled": Metric("tokens", "Sampled since the run began, dropped ones included.", "num_tokens"),
     "progress/tokens_trained": Metric("tokens", "Sampled tokens that were trained on since the run began."),
     "progress/prompts": Metric("prompts", "Trained on since the run began."),
+    "progress/passed_over": Metric("prompts", "Passed over by the curriculum since the run began, and not sampled."),
     "progress/epoch": Metric("epochs", "Prompts done / tasks of the environment.", "epoch"),
 }
 """In every line of metrics.jsonl."""
@@ -131,6 +132,9 @@ OPTIONAL: dict[str, Metric] = {
     ),
     "reward/<fn>/mean": Metric(
         "reward", "Mean of one reward function, where an environment has several.", "rewards/<fn>/mean"
+    ),
+    "eval/loss": Metric(
+        "nats", "Mean loss per token on held-out rows of a supervised run (evaluations.jsonl).", "eval_loss"
     ),
     "eval/reward_mean": Metric("reward", "Mean on held-out prompts (evaluations.jsonl).", "eval_reward"),
     "eval/reward_stderr": Metric("reward", "Standard error of that mean."),

@@ -19,7 +19,8 @@ NUM_ROWS = 10
 
 
 class Terminal:
-    """Step k of N with the time left, reward, loss, staleness, groups in flight, tokens per second and who is idle."""
+    """Step k of N with the time left, reward, loss, staleness, groups in flight, tokens per second and who is idle; what a run
+    does not report, for it has no engine, is left out."""
 
     def __init__(self, run_dir: Path, num_steps: int, console: Console | None = None):
         self._run_dir = run_dir
@@ -56,9 +57,12 @@ class Terminal:
 
     def evaluation(self, policy_version: int, metrics: Mapping[str, float]) -> None:
         """One line, above the table where there is one."""
-        reward, error = metrics["eval/reward_mean"], metrics["eval/reward_stderr"]
-        prompts = f"{metrics['eval/prompts']:.0f} held-out prompts"
-        self._print(f"version {policy_version}: reward {reward:.3f} ± {error:.3f} on {prompts}")
+        if "eval/loss" in metrics:
+            found = f"loss {metrics['eval/loss']:.4f} on held-out rows"
+        else:
+            reward, error = metrics["eval/reward_mean"], metrics["eval/reward_stderr"]
+            found = f"reward {reward:.3f} ± {error:.3f} on {metrics['eval/prompts']:.0f} held-out prompts"
+        self._print(f"version {policy_version}: {found}")
 
     def close(self) -> None:
         """Leave the table as it stands."""
@@ -89,7 +93,7 @@ class Terminal:
         for column in table.columns:
             column.justify = "right"
         for step, cells in self._rows:
-            table.add_row(str(step), *cells.values())
+            table.add_row(str(step), *[cells.get(name, "") for name in names])
         return Group(table, spinner)
 
 
@@ -98,14 +102,16 @@ def _cells(metrics: Mapping[str, float]) -> dict[str, str]:
     trained = metrics.get("reward/frac_zero_std") != 1
 
     def show(key: str, form: str) -> str:
-        known = key in metrics and (trained or not math.isnan(metrics[key]))
-        return format(metrics[key], form) if known else "-"
+        if key not in metrics:
+            return ""
+        return format(metrics[key], form) if trained or not math.isnan(metrics[key]) else "-"
 
-    return {
+    staleness = show("async/staleness_mean", ".1f")
+    cells = {
         "reward": show("reward/mean", ".3f"),
         "loss": show("loss/policy", ".4f"),
         "grad norm": show("optim/grad_norm", ".3f"),
-        "staleness": f"{show('async/staleness_mean', '.1f')} (max {show('async/staleness_max', '.0f')})",
+        "staleness": staleness and f"{staleness} (max {show('async/staleness_max', '.0f')})",
         "in flight": show("async/in_flight", ".0f"),
         "gen tok/s": show("perf/gen_tokens_per_second", ",.0f"),
         "train tok/s": show("perf/train_tokens_per_second", ",.0f"),
@@ -113,3 +119,4 @@ def _cells(metrics: Mapping[str, float]) -> dict[str, str]:
         "trainer idle": show("time/trainer_idle_frac", ".0%"),
         "s/step": show("time/step", ".2f"),
     }
+    return {name: text for name, text in cells.items() if text}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlloop.config import RunSettings
+from rlloop.config import TrainingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Wandb:
         self._run.finish()
 
 
-def open_wandb(settings: RunSettings, run_dir: Path, status: Callable[[str], None]) -> Wandb:
+def open_wandb(settings: TrainingSettings, run_dir: Path, status: Callable[[str], None]) -> Wandb:
     """Start or resume the run whose id is in <run_dir>/wandb_run_id; offline where the server cannot be reached.
 
     An offline run has the same id, so that `wandb sync` later continues the curves of the online one.

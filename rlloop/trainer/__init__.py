@@ -36,6 +36,8 @@ class TokenBatch:
     """Before the update."""
     returns: Tensor | None = None
     """What values should be."""
+    staleness: Tensor | None = None
+    """Versions that the trainer's policy before the update is ahead of the one that sampled."""
 
 
 Loss: TypeAlias = "Callable[[Tensor, TokenBatch], tuple[Tensor, Mapping[str, Tensor]]]"

@@ -16,7 +16,16 @@ from rlloop.errors import TrainerError
 from rlloop.trainer import TokenBatch
 from rlloop.types import Metrics, Sample
 
-_COLUMNS = ("advantages", "loss_weights", "rollout_logprobs", "old_logprobs", "ref_logprobs", "old_values", "returns")
+_COLUMNS = (
+    "advantages",
+    "loss_weights",
+    "rollout_logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+    "old_values",
+    "returns",
+    "staleness",
+)
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:

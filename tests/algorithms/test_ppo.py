@@ -109,6 +109,16 @@ def test_several_steps_recompute_the_old_policy_and_use_every_sample_each_epoch(
     )
 
 
+def test_an_interpolated_proximal_policy_saves_the_pass_before_the_update() -> None:
+    trainer, _ = step(num_minibatches=2, proximal="interpolated")
+    assert trainer.calls == ["values critic", *STEP * 2]
+    assert all(sample.old_logprobs is None for batch in trainer.batches[POLICY] for sample in batch)
+    ages = {sample.prompt_id: sample.staleness for batch in trainer.batches[POLICY] for sample in batch}
+    assert {prompt: set(age.tolist()) for prompt, age in ages.items()} == {
+        g.prompt.ordinal: {g.staleness} for g in GROUPS
+    }
+
+
 def test_an_update_that_has_gone_far_ends() -> None:
     trainer, metrics = step(num_epochs=2, num_minibatches=2, max_update_kl=0.03)
     assert len(trainer.batches[POLICY]) == len(trainer.batches[CRITIC]) == 2
@@ -149,6 +159,7 @@ async def test_a_stopped_update_is_made_whole_or_not_at_all(anyio_backend: str, 
     [
         ({"max_update_kl": 0.1, "num_minibatches": 1}, "--max-update-kl: one optimizer step cannot end early"),
         ({"proximal": "rollout", "correction": {"cap": 3.0}}, "--correction: not used with --proximal rollout"),
+        ({"max_update_kl": 0.1, "proximal": "interpolated"}, "--max-update-kl: measured from the policy before"),
         ({"max_update_kl": 0.1, "groups_per_step": 1}, "--max-update-kl: one optimizer step cannot end early"),
         ({"clip_low": 4.0}, "--clip-low: expected at most 1, got 4"),
         ({"dynamic_sampling": 1.0}, "--dynamic-sampling: groups whose rewards are all equal do teach"),
@@ -185,7 +196,7 @@ def test_the_penaltys_weight_is_adapted_from_step_to_step() -> None:
 
 
 def test_a_partial_table_of_the_critics_optimizer_keeps_its_learning_rate() -> None:
-    assert Config(critic={"optim": {"beta2": 0.9}}).critic.optim.adam.lr == 3e-4
+    assert Config(critic={"optim": {"beta2": 0.9}}).critic.optim.adam.lr == 1e-3
 
 
 def test_without_a_sampled_token_there_is_no_step() -> None:

@@ -158,6 +158,19 @@ def test_a_version_samples_with_its_own_weights(harness: Harness, transport: str
         assert np.abs(difference).max() > 0.05, "the versions are too alike for this test to fail"
 
 
+def test_a_number_that_is_published_again_shares_nothing_with_the_first(harness: Harness) -> None:
+    """A later run on the same engine counts from 0, too: no block of the prefix cache may be the first one's."""
+    version, weights = harness.publish()
+    harness.assert_sampled_by(weights, harness.generate(version))
+    harness.do(lambda: harness.engine.retire(version))
+    other = harness.reference.random_weights(1000 + version)
+    harness.do(lambda: harness.engine.publish(version, harness.write(other)))
+    [completion] = harness.generate(version)
+    harness.assert_sampled_by(other, [completion])
+    difference = harness.reference.logprobs(weights, PROMPT, completion) - completion.logprobs
+    assert np.abs(difference).max() > 0.05, "the versions are too alike for this test to fail"
+
+
 def test_a_report_says_what_a_publish_cost(harness: Harness) -> None:
     version, weights = harness.new_version()
     ticket = harness.write(weights)

@@ -72,7 +72,9 @@ def test_rewards_are_called_as_trl_calls_them() -> None:
 def test_rewards_are_weighted_and_none_is_left_out() -> None:
     environment = load("length", "right", weights=[0.5, 10])
     assert environment.score(environment.task(0), rollout("2")) == 10.5
+    assert environment.score(environment.task(0), rollout("2")).parts == {"length": 1.0, "right": 1.0}
     assert environment.score(environment.task(0), rollout("22")) == 1.0
+    assert environment.score(environment.task(0), rollout("22")).parts == {"length": 2.0}
     with pytest.raises(ValueError, match="every reward function returned None"):
         load("right").score(environment.task(0), rollout("3"))
     with pytest.raises(ValueError, match="two returned 2 rewards for 1 completion"):

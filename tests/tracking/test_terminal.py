@@ -35,14 +35,25 @@ def test_one_plain_line_per_step():
         "waiting for rollouts [8/64]",
         "step 17/20  reward 0.532  loss -0.0123  grad norm nan  staleness 1.2 (max 2)  in flight 24  gen tok/s 1,234  "
         "train tok/s 567  engine idle 12%  trainer idle 40%  s/step 3.00  ETA 0:00:09",
-        "step 20/20  reward -  loss -  grad norm -  staleness - (max -)  in flight -  gen tok/s -  "
-        "train tok/s -  engine idle -  trainer idle -  s/step -",
+        "step 20/20  ",
+    ]
+
+
+def test_a_run_without_an_engine_shows_what_it_has():
+    terminal, out = plain()
+    terminal.log(3, {"loss/policy": 1.5, "optim/grad_norm": 0.25, "time/step": 2.0})
+    terminal.evaluation(3, {"eval/loss": 1.25})
+    terminal.close()
+    assert out.getvalue().splitlines() == [
+        "step 3/20  loss 1.5000  grad norm 0.250  s/step 2.00  ETA 0:00:34",
+        "version 3: loss 1.2500 on held-out rows",
     ]
 
 
 def test_a_step_with_nothing_to_learn_from_does_not_look_like_a_failure():
     terminal, out = plain()
-    terminal.log(18, {"reward/mean": 1.0, "reward/frac_zero_std": 1.0, "loss/policy": float("nan")})
+    nan = float("nan")
+    terminal.log(18, {"reward/mean": 1.0, "reward/frac_zero_std": 1.0, "loss/policy": nan, "optim/grad_norm": nan})
     terminal.close()
     assert out.getvalue().startswith("step 18/20  reward 1.000  loss -  grad norm -")
 
