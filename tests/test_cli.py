@@ -52,7 +52,7 @@ def test_usage_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_unknown_algorithm_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["grop"]) == 2
-    assert "expected an algorithm (grpo, ppo), got 'grop'" in capsys.readouterr().err
+    assert "expected an algorithm (grpo, ppo, sft), got 'grop'" in capsys.readouterr().err
 
 
 def fake_algorithm(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from rlloop.config import EngineSettings, RunSettings, TrainerSettings
+from rlloop.config import EngineSettings, RunSettings, TrainerSettings, TrainingSettings
 from rlloop.errors import ConfigError
-from rlloop.placement import fast_bfloat16, resolve_dtype, split_cores
+from rlloop.placement import fast_bfloat16, has_gpu, place_trainer, resolve_dtype, split_cores
 
 
 def settings(engine: str = "auto", trainer: str = "auto", max_staleness: int = 2) -> RunSettings:
@@ -44,6 +44,16 @@ def test_this_machine_can_run_what_is_split() -> None:
     assert engine
     assert trainer
     assert engine | trainer <= os.sched_getaffinity(0)
+
+
+@pytest.mark.skipif(has_gpu(), reason="a GPU's trainer has no cores")
+def test_a_trainer_without_an_engine_has_all_cores() -> None:
+    available = os.sched_getaffinity(0)
+    alone = place_trainer(TrainingSettings(dtype="float32"))
+    assert (alone.engine_cores, alone.trainer_cores) == (frozenset(), available)
+    assert str(alone) == f"in float32 on cores {sorted(available)}"
+    first = min(available)
+    assert place_trainer(TrainingSettings(trainer=TrainerSettings(cpu_cores=str(first)))).trainer_cores == {first}
 
 
 @pytest.mark.parametrize("cores", ["", "a", "0-", "-1", "0,,1", "0;1", "1-0", "0-2", "9"])
