@@ -17,7 +17,7 @@ Deviations from the paper:
 * The critic has an optimizer of its own instead of a weight in a common loss.
 
 Expected: SmolLM2-135M-Instruct on `arithmetic` rises from about 0.15 to above 0.9 within 20 steps of 64 samples. At 3e-4, which
-suits one optimizer step a batch, it gets there in 10 and collapses later.
+suits one optimizer step a batch, it gets there sooner and may collapse later.
 """
 
 from __future__ import annotations

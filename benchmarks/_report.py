@@ -55,7 +55,7 @@ class Report:
         for machine, versions in dict.fromkeys((run["machine"], run["versions"]) for run in runs):
             of_one = [run for run in runs if (run["machine"], run["versions"]) == (machine, versions)]
             dates = sorted(run["date"] for run in of_one)
-            self.line(f"{len(of_one)} runs, started {dates[0]} to {dates[-1]}: {machine}; {versions}")
+            self.line(f"{len(of_one)} runs of scripts started {dates[0]} to {dates[-1]}: {machine}; {versions}")
             for command in sorted({run["command"] for run in of_one}):
                 self.line(f"  {command}")
 

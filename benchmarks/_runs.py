@@ -111,10 +111,14 @@ def keep_runs(
 ) -> list[Run]:
     """All runs that the file has, a line each; those wanted that it lacks are made and added as they end.
 
-    What a run is kept with: what it is wanted as, what `record` says of it, and the facts of the report.
+    All must have the same `num_steps` and `flags`. What a run is kept with: what it is wanted as, what `record` says of it, and
+    the facts of the report.
     """
     path.parent.mkdir(exist_ok=True)
     runs: list[Run] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    settings = {json.dumps([run["num_steps"], run["flags"]]) for run in [*runs, *(what for what, _ in wanted)]}
+    if len(settings) > 1:
+        sys.exit(f"{path}: one table of runs with other steps and flags: {' and '.join(settings)}; give another --name")
     missing = {job: what for what, job in wanted if not any(what.items() <= run.items() for run in runs)}
 
     def done(job: Job, figures: Figures) -> None:

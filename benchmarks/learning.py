@@ -76,7 +76,7 @@ def summarise(runs: list[Run]) -> dict[str, Cell]:
         "first five": fmean(first),
         "last five": fmean(last),
         "worst seed": min(last),
-        "explained variance": fmean(explained) if explained else None,
+        "explained variance, median": fmean(explained) if explained else None,
         "s/step": fmean(run["seconds_a_step"] for run in runs),
         "s/run": fmean(run["seconds"] for run in runs),
     }

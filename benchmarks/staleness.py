@@ -37,7 +37,7 @@ THRESHOLD = 0.8
 WINDOW = 5
 
 
-def make_job(what: Run, seconds_per_token: float) -> Job:
+def make_job(what: Run) -> Job:
     flags = ["--env", "slow_counting:SlowCounting", "--num_steps", str(what["num_steps"]), "--seed", str(what["seed"])]
     flags += ["--groups_per_step", str(GROUPS_PER_STEP), "--group_size", "8", "--sampling.max_tokens", "48"]
     flags += ["--engine.max_model_len", "160", "--engine.max_num_seqs", "256", "--checkpoint.every", "1000"]
@@ -46,8 +46,7 @@ def make_job(what: Run, seconds_per_token: float) -> Job:
     flags += ["--correction.bound", what["bound"]]
     if what["part"] == "staleness":
         flags += ["--staleness_cap", str(what["max_staleness"] + 4)]  # nobody is that late; saves adapter slots
-    wait = seconds_per_token if what["part"] == "on_stale" else 0.0
-    flags += ["--env_args", json.dumps({"seconds_per_token": wait}), *what["flags"]]
+    flags += ["--env_args", json.dumps({"seconds_per_token": what.get("seconds_per_token", 0.0)}), *what["flags"]]
     return Job("grpo", tuple(flags))
 
 
@@ -144,10 +143,11 @@ def main() -> None:
     ]
     wanted += [
         {"part": "on_stale", "lr": RATES[0], "max_staleness": 1, "bound": BOUNDS[0], "on_stale": kind, "seed": seed}
+        | {"seconds_per_token": options.seconds_per_token}
         for seed, kind in product(options.seeds, ON_STALE)
         if "on_stale" in options.parts
     ]
-    jobs = [(what | common, make_job(what | common, options.seconds_per_token)) for what in wanted]
+    jobs = [(what | common, make_job(what | common)) for what in wanted]
     runs = keep_runs(RESULTS / f"{options.name}.jsonl", jobs, record, report.facts)
 
     report.origins(runs)

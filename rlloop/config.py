@@ -38,7 +38,8 @@ class EngineSettings(Settings):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Share of the GPU's memory that vLLM takes, weights and KV cache."""
     kv_cache_gib: int | None = Field(None, ge=1)
-    """KV cache, in GiB; default 1 on a CPU, on a GPU what gpu_memory_utilization leaves: set it where engines share a GPU."""
+    """KV cache, in GiB; default 1 on a CPU, on a GPU what gpu_memory_utilization leaves. Set it where engines share a GPU: then
+    that share is not used."""
     enforce_eager: bool = False
     """Skip compilation and CUDA graphs: starts sooner, decodes slower. CPU engines are always eager."""
     cpu_cores: str = "auto"
@@ -217,9 +218,9 @@ class CurriculumSettings(Settings):
     """Ask more often what teaches more."""
 
     keep: float = Field(1.0, ge=0.01, le=1)
-    """Share of the prompts out of these bounds that is asked all the same, from the second epoch on; 1: no curriculum."""
+    """Share of the prompts out of the bounds below that is asked all the same, from the second epoch on; 1: no curriculum."""
     above: float = 0.0
-    """A prompt's pass rate, the mean reward of its newest group, should be above this."""
+    """A prompt's pass rate, the mean reward of its newest group, should be above this: 0 and 1 are for rewards within them."""
     below: float = 1.0
     """And below this."""
 
@@ -227,6 +228,8 @@ class CurriculumSettings(Settings):
     def _check(self) -> CurriculumSettings:
         if self.above >= self.below:
             raise ValueError(f"above {self.above} is not less than below {self.below}")
+        if self.keep == 1 and (self.above, self.below) != (0.0, 1.0):
+            raise ValueError("bounds do nothing with keep 1: set --curriculum.keep below it")
         return self
 
 

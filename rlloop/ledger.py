@@ -53,8 +53,8 @@ class Ledger:
         self._in_flight: set[int] = set()
         self._order: tuple[int, np.ndarray[Any, np.dtype[np.int64]]] | None = None
         self._curriculum = curriculum or CurriculumSettings()
-        self._pass_rates: dict[int, float] = {}
-        """Of tasks, when they were last answered; kept where there is a curriculum."""
+        self._pass_rates: dict[int, tuple[int, float]] = {}
+        """Task -> the epoch in which it was last answered, and how; kept where there is a curriculum."""
 
     @property
     def num_in_flight(self) -> int:
@@ -71,14 +71,14 @@ class Ledger:
             self._in_flight.add(ordinal)
             digest = hashlib.blake2b(f"{self.seed}:{ordinal}".encode(), digest_size=4).digest()
             index, seed = self._index(ordinal), int.from_bytes(digest, "little") >> 1
-            if self._is_wanted(index, seed):
+            if self._is_wanted(ordinal, index, seed):
                 return ordinal, index, seed
             self.dropped(ordinal, "curriculum")
 
-    def answered(self, index: int, pass_rate: float) -> None:
-        """The mean reward of the task's newest group."""
+    def answered(self, ordinal: int, index: int, pass_rate: float) -> None:
+        """The mean reward of the group that answered this prompt, of this task."""
         if self._curriculum.keep < 1:
-            self._pass_rates[index] = pass_rate
+            self._pass_rates[index] = ordinal // self.num_tasks, pass_rate
 
     def trained(self, ordinals: Iterable[int], step: int) -> None:
         """These prompts were trained on in this optimizer step.
@@ -109,7 +109,7 @@ class Ledger:
             "low_water": self.low_water,
             "done": sorted(self._done),
             "counts": dict(self.counts),
-            "pass_rates": sorted(self._pass_rates.items()),
+            "pass_rates": [[index, *answered] for index, answered in sorted(self._pass_rates.items())],
         }
 
     @classmethod
@@ -138,14 +138,16 @@ class Ledger:
         ledger.counts.update(state["counts"])
         ledger._step = state["step"]
         ledger._done = set(state["done"])
-        ledger._pass_rates = dict(state.get("pass_rates", []))
+        ledger._pass_rates = {index: (epoch, rate) for index, epoch, rate in state.get("pass_rates", [])}
         return ledger
 
-    def _is_wanted(self, index: int, seed: int) -> bool:
-        bounds, rate = self._curriculum, self._pass_rates.get(index)
-        if rate is None or bounds.above < rate < bounds.below:
+    def _is_wanted(self, ordinal: int, index: int, seed: int) -> bool:
+        bounds = self._curriculum
+        # By an answer of this epoch only a prompt is judged that was wanted, and is asked again after a resume.
+        epoch, rate = self._pass_rates.get(index, (ordinal // self.num_tasks, 0.0))
+        if epoch == ordinal // self.num_tasks or bounds.above < rate < bounds.below:
             return True
-        return seed < bounds.keep * 2**31  # the same prompt is decided on alike after a resume
+        return seed < bounds.keep * 2**31
 
     def _finish(self, ordinals: list[int], what: str) -> None:
         if strangers := [ordinal for ordinal in ordinals if ordinal not in self._in_flight]:

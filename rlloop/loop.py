@@ -176,7 +176,7 @@ class Loop:
                 group = await self._stages.sample(prompt, version)
                 self.failures.update(failure.kind for failure in group.failures)
                 if group.rewards:
-                    self._ledger.answered(index, fmean(group.rewards))
+                    self._ledger.answered(ordinal, index, fmean(group.rewards))
                 reason = self._reason_to_drop(group)
             except PromptTooLong:
                 reason = "too_long"

@@ -106,7 +106,8 @@ def policy_loss(
     `proximal`: which policy the surrogate's ratio is to. `trainer`: the trainer's before the update, and w are
     `corrections.importance_weights` with the settings `correction` (decoupled PPO, Hilton et al. 2021, arXiv 2110.00641).
     `rollout`: the one that sampled, as PPO was published; the ratio itself corrects, and w is 1. `interpolated`: as
-    `trainer`, with `interpolated_logprobs` for the policy before the update, which saves the pass that computes it.
+    `trainer`, with `interpolated_logprobs` for the policy before the update, which saves the pass that computes it; metrics of
+    mismatch are then to the present policy, the steps that were made of the batch included.
 
     `tokens.old_logprobs` None stands for `logprobs.detach()`. That is exact when the batch is used for one optimizer
     step, because the gradient is taken where old and new policy are equal: the ratio to it is 1, nothing is clipped, and

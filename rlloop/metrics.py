@@ -40,6 +40,7 @@ class StepMetrics:
         """Sums over the run; a resumed run goes on from those of its checkpoint."""
         self._before: dict[str, float] = {}
         self._change_since_last()
+        engine.reset_longest_gap()  # of a run before, on the same engine
 
     def of(self, step: Step, checkpoint_seconds: float = 0.0) -> Metrics:
         """All metrics of a step that has just ended; the checkpoint is the one after the step before."""
@@ -145,7 +146,7 @@ def completion_rows(step: Step, tokenizer: Any) -> list[dict[str, Any]]:
             "policy_version": group.policy_version,
             "prompt": tokenizer.decode(rollout.tokens[: int(rollout.loss_mask.argmax())]),
             "text": rollout.text,
-            "reward": reward,
+            "reward": float(reward),
             "finish_reason": rollout.finish_reason,
             "num_tokens": int(rollout.loss_mask.sum()),
         }

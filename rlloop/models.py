@@ -51,12 +51,16 @@ def check_adapter(folder: Path, lora: LoraSettings) -> None:
     if not file.is_file():
         raise ConfigError(f"--init-adapter: expected a folder with {file.name}, as PEFT saves an adapter, got {folder}")
     saved = json.loads(file.read_text())
-    expected = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": False, "use_dora": False}
+    expected = {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        **dict.fromkeys(("use_rslora", "use_dora", "alpha_pattern"), None),
+    }
     for key, value in expected.items():
-        if (found := saved.get(key, False)) != value:
+        if (found := saved.get(key) or None) != value:
             raise ConfigError(
                 f"--init-adapter {folder}: expected {key} {value}, got {found}; set --lora.rank and --lora.alpha as it was "
-                "trained (rank-stabilised LoRA and DoRA cannot be begun with)"
+                "trained (rank-stabilised LoRA, DoRA and scales by layer cannot be begun with)"
             )
 
 

@@ -187,12 +187,12 @@ def _score(environment: Environment, request: bytes) -> dict[str, Any]:
         task, rollout = pickle.loads(request)
         value: object = environment.score(task, rollout)
         reward = float(value) if isinstance(value, SupportsFloat) else math.nan
+        parts = {name: float(part) for name, part in value.parts.items()} if isinstance(value, Reward) else None
     except BaseException as error:  # a reward that calls sys.exit() has failed like any other
         return {"error": explain(error)}
     if not math.isfinite(reward):
         return {"error": f"score() must return a finite number, but returned {reprlib.repr(value)}"}
-    parts = {"parts": dict(value.parts)} if isinstance(value, Reward) else {}
-    return {"reward": reward, **parts}
+    return {"reward": reward} if parts is None else {"reward": reward, "parts": parts}
 
 
 def _die_with_parent(lifeline: int) -> None:

@@ -216,7 +216,7 @@ async def open_run(
     # First what needs no run directory: a typo leaves none behind.
     placement = place(settings)
     environment = load_environment(settings.env, settings.all_env_args)
-    if settings.init_adapter is not None:
+    if settings.init_adapter is not None and not settings.resume:
         check_adapter(settings.init_adapter, settings.lora)
     if backend is None:
         await to_thread.run_sync(resolve_model, settings.model)
@@ -243,19 +243,24 @@ async def open_run(
 
         policy: tuple[LoraConfig, Head] = LoraConfig(**dict(settings.lora), seed=settings.seed), "policy"
         all_adapters = {POLICY: policy, **(adapters or {})}
+        created: list[str] = []
         prepare = partial(
-            create_adapters, adapters=all_adapters, checkpoint=checkpoint, begin_with=settings.init_adapter
+            create_adapters,
+            adapters=all_adapters,
+            checkpoint=checkpoint,
+            begin_with=settings.init_adapter,
+            created=created,
         )
-        if is_shared := backend is not None:
-            await prepare(backend.trainer)
-        else:
+        if backend is None:
             tracker.status(f"starting vLLM and the trainer {placement}")
             backend = await stack.enter_async_context(
                 open_backend(settings, marker, directory.path, placement=placement, events=events, prepare=prepare)
             )
-        refit = Refit(backend.trainer, backend.engine, POLICY, settings.num_versions, events)
-        if is_shared:
-            stack.push_async_callback(_leave, backend.trainer, refit, all_adapters)
+            refit = Refit(backend.trainer, backend.engine, POLICY, settings.num_versions, events)
+        else:
+            refit = Refit(backend.trainer, backend.engine, POLICY, settings.num_versions, events)
+            stack.push_async_callback(_leave, backend.trainer, refit, created)
+            await prepare(backend.trainer)
         tracker.status("waiting for the first rollouts")
         yield Run(
             settings=settings,
@@ -277,20 +282,30 @@ async def open_run(
         )
 
 
-async def _leave(trainer: Trainer, refit: Refit, adapters: Adapters) -> None:
-    """A backend that goes on without the run."""
+async def _leave(trainer: Trainer, refit: Refit, created: list[str]) -> None:
+    """A backend that goes on without the run and its adapters."""
     with CancelScope(shield=True):
-        await refit.retire_all()
-        for name in adapters:
-            await trainer.remove_adapter(name)
+        async with AsyncExitStack() as stack:
+            for name in created:
+                stack.push_async_callback(trainer.remove_adapter, name)
+            await refit.retire_all()
 
 
 async def create_adapters(
-    trainer: Trainer, adapters: Adapters, checkpoint: Checkpoint | None, begin_with: Path | None = None
+    trainer: Trainer,
+    adapters: Adapters,
+    checkpoint: Checkpoint | None,
+    begin_with: Path | None = None,
+    created: list[str] | None = None,
 ) -> None:
-    """With the weights that they have in the checkpoint; without one, the policy's are those of the adapter `begin_with`."""
+    """With the weights that they have in the checkpoint; without one, the policy's are those of the adapter `begin_with`.
+
+    `created` gets the name of each as it is there.
+    """
     for name, (lora, head) in adapters.items():
         await trainer.create_adapter(name, lora, head)
+        if created is not None:
+            created.append(name)
         if checkpoint is not None:
             await trainer.load(name, _adapter_folder(checkpoint.folder, name))
         elif begin_with is not None and name == POLICY:

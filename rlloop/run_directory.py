@@ -24,7 +24,7 @@ from rlloop.errors import RunDirectoryError
 CONFIG = "config.toml"
 ATTEMPT = "attempt"
 FIXED = (
-    *("model", "env", "env_args", "seed", "group_size", "lora.rank", "lora.alpha", "lora.targets"),
+    *("model", "env", "env_args", "seed", "group_size", "lora.rank", "lora.alpha", "lora.targets", "init_adapter"),
     *("critic.lora.rank", "critic.lora.alpha", "critic.lora.targets"),
     *("dataset", "dataset_name", "split", "max_length"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ from rlloop.backend import Backend
 from rlloop.config import RunSettings
 from rlloop.engine.fake import FakeEngine
 from rlloop.errors import ConfigError, TrainerError
+from rlloop.tracking import jsonl
 from rlloop.tracking.files import read_metrics
 from rlloop.trainer import Loss
 from rlloop.trainer.fake import FakeTrainer
-from rlloop.types import LoraConfig, Metrics, Sample
+from rlloop.types import AdapterTicket, LoraConfig, Metrics, RefitReport, Sample
 
 TOKENS = """
 from rlloop.environment import Trajectory
 
 class Tokens:
+    def __init__(self, num_solved=0):
+        self.num_solved = num_solved
+
     def __len__(self):
         return 5
 
@@ -35,25 +40,33 @@ class Tokens:
         return trajectory.finish("", "stop")
 
     def score(self, task, rollout):
-        return float(rollout.tokens[-1] % 7)
+        return 1.0 if task < self.num_solved else (1 + rollout.tokens[-1] % 7) / 9
 """
 
 
 class Tokenizer:
     def decode(self, tokens: Any) -> str:
-        return ""
+        return " ".join(map(str, tokens))
 
 
 class Trainer(FakeTrainer):
     def __init__(self) -> None:
         super().__init__()
         self.made: list[tuple[str, int]] = []
+        self.loaded: list[tuple[str, Path, bool]] = []
+        """Name, where its weights are, and whether its optimizer's state is there, too."""
+        self.fits = True
 
     async def create_adapter(self, name: str, lora: LoraConfig, head: Any = "policy") -> None:
         if name in self.steps:
             raise TrainerError(f"adapter {name!r} exists already")
         self.made.append((name, lora.seed))
         await super().create_adapter(name, lora, head)
+
+    async def load(self, name: str, folder: Path) -> None:
+        self.loaded.append((name, (folder / "adapter").resolve(), (folder / "state").exists()))
+        if not self.fits:
+            raise TrainerError("the adapter saved there does not fit")
 
     async def forward_backward(self, name: str, samples: Any, loss: Loss) -> Metrics:
         if len(self.made) == 4 and self.steps[name] == 1:
@@ -92,6 +105,82 @@ def test_nothing_of_a_run_is_left_for_the_next(environment: str, tmp_path: Path)
     assert trainer.made == [("policy", 1), ("policy", 0), ("critic", 0), ("policy", 0), ("policy", 0)]
     for name in "abd":
         assert [line["step"] for line in read_metrics(tmp_path / name)] == [1, 2, 3]
+
+
+def test_a_run_begins_with_the_weights_of_an_adapter(environment: str, tmp_path: Path) -> None:
+    """Which may not fit: then, too, nothing is left for the next run."""
+    adapter = tmp_path / "sft" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 16, "lora_alpha": 32}))
+    engine, trainer = FakeEngine(), Trainer()
+    backend = Backend(RunSettings(), engine, trainer, Tokenizer())
+    config = ppo.Config(
+        env=environment, num_steps=1, groups_per_step=2, num_minibatches=1, run_dir=tmp_path / "a", init_adapter=adapter
+    )
+
+    async def runs() -> None:
+        trainer.fits = False
+        with pytest.raises(TrainerError, match="does not fit"):
+            await ppo.train(config, "marker", backend)
+        assert (engine.versions, trainer.steps) == (set(), {})
+        trainer.fits = True
+        await ppo.train(config.model_copy(update={"run_dir": tmp_path / "b"}), "marker", backend)
+
+    anyio.run(runs)
+    assert trainer.loaded == [("policy", adapter, False)] * 2
+
+
+def test_what_is_solved_is_passed_over_from_the_second_epoch_on(environment: str, tmp_path: Path) -> None:
+    backend = Backend(RunSettings(), FakeEngine(), FakeTrainer(), Tokenizer())
+    config = grpo.Config(
+        env=environment,
+        env_args={"num_solved": 3},
+        curriculum={"keep": 0.01},
+        groups_per_step=2,
+        group_size=4,
+        num_steps=8,
+        max_staleness=0,
+        run_dir=tmp_path / "run",
+    )
+    anyio.run(grpo.train, config, "marker", backend)
+    rows = [row for path in (tmp_path / "run" / "completions").iterdir() for row in jsonl.read(path)]
+    asked = {row["ordinal"]: int(row["prompt"].split()[0]) for row in rows}
+    assert sorted(task for ordinal, task in asked.items() if ordinal < 5) == [0, 1, 2, 3, 4]
+    assert {task for ordinal, task in asked.items() if ordinal >= 5} == {3, 4}
+    assert len(asked) == 16
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["progress/passed_over"] == max(asked) + 1 - 16
+
+
+class SlowToPublish(FakeEngine):
+    async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
+        report = await super().publish(version, ticket)
+        if version == 1:
+            cancel.set()
+            await anyio.sleep(0.05)  # the worker has it; the answer is on its way
+        return report
+
+
+cancel = anyio.Event()
+
+
+def test_a_version_whose_publish_was_cancelled_is_retired(environment: str, tmp_path: Path) -> None:
+    engine = SlowToPublish()
+    backend = Backend(RunSettings(), engine, FakeTrainer(), Tokenizer())
+    config = grpo.Config(env=environment, num_steps=5, groups_per_step=2, group_size=2, run_dir=tmp_path / "run")
+
+    async def stopped() -> None:
+        async with anyio.create_task_group() as tasks:
+
+            async def train() -> None:
+                await grpo.train(config, "marker", backend)
+
+            tasks.start_soon(train)
+            await cancel.wait()
+            tasks.cancel_scope.cancel()
+
+    anyio.run(stopped)
+    assert engine.versions == set()
 
 
 @pytest.mark.parametrize(

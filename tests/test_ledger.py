@@ -61,12 +61,9 @@ def test_resume_admits_what_was_in_flight_again_and_in_order():
 def test_a_curriculum_passes_over_what_is_solved_or_hopeless():
     ledger = Ledger(300, 0, "f", CurriculumSettings(keep=0.25))
     assert ledger.next() == Ledger(300, 0, "f").next()
-    rates = {}
-    for _ in range(299):  # of an epoch that nothing is known of yet
-        _, index, _ = ledger.next()
-        rates[index] = (0.0, 0.5, 1.0)[index % 3]
-    for index, rate in rates.items():
-        ledger.answered(index, rate)
+    for _ in range(299):  # of an epoch that nothing is known of before
+        ordinal, index, _ = ledger.next()
+        ledger.answered(ordinal, index, (0.0, 0.5, 1.0)[index % 3])
     second, (ordinal, index, _) = [], ledger.next()
     while ordinal < 600:
         second.append(index)
@@ -81,9 +78,21 @@ def test_a_curriculum_passes_over_what_is_solved_or_hopeless():
     assert resumed.state() == ledger.state()
 
 
+def test_an_answer_that_waited_for_its_step_at_a_checkpoint_is_asked_for_again():
+    """It must not be judged by itself: a critic learns from it, though all of its rewards are equal."""
+    curriculum = CurriculumSettings(keep=0.01)
+    ledger = Ledger(10, 0, "f", curriculum)
+    prompts = [ledger.next() for _ in range(6)]
+    for ordinal, index, _ in prompts:
+        ledger.answered(ordinal, index, 1.0)
+    ledger.trained([0, 1], 1)
+    resumed = Ledger.restore(json.loads(json.dumps(ledger.state())), 10, 0, "f", curriculum)
+    assert [resumed.next() for _ in range(4)] == prompts[2:]
+
+
 def test_without_a_curriculum_pass_rates_are_not_kept():
     ledger = Ledger(10, 0, "f")
-    ledger.answered(3, 0.5)
+    ledger.answered(3, 3, 0.5)
     assert ledger.state()["pass_rates"] == []
 
 

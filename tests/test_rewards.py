@@ -34,7 +34,8 @@ class Env:
         match rollout.text:
             case "right": return 1 + self.bonus
             case "bool": return np.bool_(True)
-            case "parts": return Reward(0.5, {"form": 1.0, "content": 0.0})
+            case "parts": return Reward(0.5, {"form": np.float32(1.0), "content": 0.0})
+            case "part": return Reward(0.5, {"form": None})
             case "raise": return task["missing"]
             case "nan": return float("nan")
             case "string": return "1.0"
@@ -91,6 +92,7 @@ async def test_rewards_and_failures() -> None:
         "nan": "returned nan",
         "string": "finite number, but returned '1.0'",
         "none": "returned None",
+        "part": "TypeError",
         "complex": "returned 1j",
         "exit": "SystemExit: 3",
         "read": "EOFError",

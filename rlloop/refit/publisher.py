@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from time import monotonic
 
-from anyio import Event
+from anyio import CancelScope, Event
 
 from rlloop.engine import Engine
 from rlloop.events import Events
@@ -51,8 +51,9 @@ class Refit:
         with self._events.span("refit", "refit", policy_version=version):
             await self._make_room()
             ticket = await self._trainer.export_adapter(self._adapter)
-            report = await self._engine.publish(version, ticket)
-        self._served.add(version)
+            with CancelScope(shield=True):  # a version that is loaded is known, and so retired
+                report = await self._engine.publish(version, ticket)
+                self._served.add(version)
         self.latest = version
         return replace(report, publish_seconds=monotonic() - started)
 
