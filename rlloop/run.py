@@ -20,7 +20,7 @@ from anyio import CancelScope, create_task_group, to_thread
 
 from rlloop.backend import Backend, open_backend
 from rlloop.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
-from rlloop.config import RunSettings
+from rlloop.config import RunSettings, TrainingSettings
 from rlloop.engine import Engine
 from rlloop.environment import Environment, load_environment
 from rlloop.errors import CheckpointError, ConfigError, RankDied, RlloopError, TornUpdate
@@ -51,7 +51,7 @@ POLICY = "policy"
 Adapters: TypeAlias = Mapping[str, tuple[LoraConfig, Head]]
 """By name."""
 
-SettingsT = TypeVar("SettingsT", bound=RunSettings)
+SettingsT = TypeVar("SettingsT", bound=TrainingSettings)
 
 
 @dataclass
@@ -104,6 +104,7 @@ class Run:
                 await self.refit.publish(self.first_step)
                 await self._evaluate(self.first_step)
                 await loop.run()
+                await self._save()  # before the last evaluation, which may take its time
             except BaseException as end:
                 with CancelScope(shield=True):
                     try:
@@ -112,7 +113,6 @@ class Run:
                     except (CheckpointError, RankDied, TornUpdate) as error:
                         logging.getLogger(__name__).error("what came after step %d is lost: %s", self._saved, error)
                 raise
-            await self._save()  # the last evaluation may take its time
 
     def task(self, index: int) -> Any:
         """See `Stages.task`."""
@@ -223,14 +223,7 @@ async def open_run(
     else:
         backend.check(settings)
     async with AsyncExitStack() as stack:
-        directory = stack.enter_context(open_run_directory(settings))
-        checkpoint = newest_checkpoint(directory.path) if settings.resume else None
-        events = Events(directory.path / "events.jsonl")
-        stack.callback(events.close)
-        tracker = open_trackers(settings, directory.path, directory.attempt)
-        stack.callback(tracker.close)
-        for warning in checkpoint.passed_over if checkpoint else ():
-            tracker.status(f"passed over a broken checkpoint: {warning}")
+        directory, checkpoint, events, tracker = open_records(settings, stack)
         scorer = await stack.enter_async_context(
             Scorer(
                 settings.env,
@@ -280,6 +273,21 @@ async def open_run(
             adapters=tuple(all_adapters),
             state=checkpoint.manifest.get("state", {}) if checkpoint else {},
         )
+
+
+def open_records(
+    settings: TrainingSettings, stack: AsyncExitStack
+) -> tuple[RunDirectory, Checkpoint | None, Events, Trackers]:
+    """What a run writes, and the checkpoint that it goes on from; `stack` closes them."""
+    directory = stack.enter_context(open_run_directory(settings))
+    checkpoint = newest_checkpoint(directory.path) if settings.resume else None
+    events = Events(directory.path / "events.jsonl")
+    stack.callback(events.close)
+    tracker = open_trackers(settings, directory.path, directory.attempt)
+    stack.callback(tracker.close)
+    for warning in checkpoint.passed_over if checkpoint else ():
+        tracker.status(f"passed over a broken checkpoint: {warning}")
+    return directory, checkpoint, events, tracker
 
 
 async def _leave(trainer: Trainer, refit: Refit, created: list[str]) -> None:

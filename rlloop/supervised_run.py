@@ -14,17 +14,17 @@ from anyio import CancelScope, to_thread
 from pydantic import Field
 
 from rlloop.backend import load_tokenizer, open_trainer
-from rlloop.checkpoint import newest_checkpoint, write_checkpoint
+from rlloop.checkpoint import write_checkpoint
 from rlloop.config import Settings, TrainingSettings
 from rlloop.errors import CheckpointError, ConfigError, RankDied
 from rlloop.events import Events
 from rlloop.ledger import Ledger
 from rlloop.models import resolve_model
 from rlloop.placement import place_trainer
-from rlloop.run import POLICY, create_adapters
-from rlloop.run_directory import RunDirectory, open_run_directory
+from rlloop.run import POLICY, create_adapters, open_records
+from rlloop.run_directory import RunDirectory
 from rlloop.supervised import Example, Examples, load_rows, make_samples, tokenise
-from rlloop.tracking import Trackers, open_trackers
+from rlloop.tracking import Trackers
 from rlloop.trainer import Trainer
 from rlloop.types import LoraConfig, Metrics, Sample
 
@@ -161,14 +161,7 @@ async def open_supervised_run(settings: SupervisedSettings, marker: str) -> Asyn
             f"got {settings.evaluation.num_rows}"
         )
     async with AsyncExitStack() as stack:
-        directory = stack.enter_context(open_run_directory(settings))
-        checkpoint = newest_checkpoint(directory.path) if settings.resume else None
-        events = Events(directory.path / "events.jsonl")
-        stack.callback(events.close)
-        tracker = open_trackers(settings, directory.path, directory.attempt)
-        stack.callback(tracker.close)
-        for warning in checkpoint.passed_over if checkpoint else ():
-            tracker.status(f"passed over a broken checkpoint: {warning}")
+        directory, checkpoint, events, tracker = open_records(settings, stack)
         identity = (num_rows, settings.seed, examples.fingerprint)
         ledger = Ledger.restore(checkpoint.ledger, *identity) if checkpoint else Ledger(*identity)
         tracker.status(f"starting the trainer {placement}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import tempfile
 import traceback
 from collections import Counter, defaultdict
@@ -337,6 +338,23 @@ def test_a_stop_is_saved_within_the_step(tmp_path: Path) -> None:
     assert saved is not None
     assert saved.step in range(1, 10)
     assert Counter(json.loads((saved.folder / "state" / "weights.json").read_text())).total() == 4 * saved.step
+
+
+def test_a_stop_during_the_last_checkpoint_does_not_lose_it(tmp_path: Path) -> None:
+    signals = 0
+
+    def moment() -> None:
+        nonlocal signals
+        if sys._getframe(1).f_code.co_name == "save" and not signals:
+            signals += 1
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = make_settings(tmp_path / "run", num_steps=4, checkpoint={"every": 1000})
+    with pytest.raises(Stopped, match="SIGINT"):
+        train(config, moment)
+    saved = newest_checkpoint(config.run_dir)
+    assert saved is not None
+    assert saved.step == 4
 
 
 # --- Rewards that fail --------------------------------------------------------------------------------------------------
