@@ -21,7 +21,6 @@ Expected: SmolLM2-135M-Instruct on `arithmetic` rises from about 0.1 to above 0.
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -29,9 +28,10 @@ from pydantic import AfterValidator, Field, model_validator
 
 from rlloop.advantages import constant_weights, sequence_weights, token_weights
 from rlloop.backend import Backend
+from rlloop.cli import entry_point
 from rlloop.config import PolicySettings
 from rlloop.plugins import is_path, load_object, name_or_path
-from rlloop.run import POLICY, open_run, run
+from rlloop.run import POLICY, open_run
 from rlloop.samples import (
     LossWeights,
     make_samples,
@@ -150,14 +150,7 @@ async def train(config: Config, marker: str, backend: Backend | None = None) -> 
         await grpo.train(partial(update, config=config, state=grpo.state))
 
 
-def main(config: Config | None = None) -> None:
-    """Train; without a config, the command line's. Raises RlloopError."""
-    if config is None:
-        from rlloop.cli import main as command_line
-
-        sys.exit(command_line(["grpo", *sys.argv[1:]]))
-    run(train, config)
-
+main = entry_point("grpo", train)
 
 if __name__ == "__main__":
     main()

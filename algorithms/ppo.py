@@ -22,7 +22,6 @@ suits one optimizer step a batch, it gets there sooner and may collapse later.
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from time import monotonic
 from typing import Literal
@@ -31,8 +30,9 @@ from pydantic import Field, model_validator
 
 from rlloop.advantages import raw_rewards, token_weights
 from rlloop.backend import Backend
+from rlloop.cli import entry_point
 from rlloop.config import LoraSettings, OptimSettings, PolicySettings, Settings
-from rlloop.run import POLICY, open_run, run
+from rlloop.run import POLICY, open_run
 from rlloop.samples import (
     critic_metrics,
     make_samples,
@@ -161,14 +161,7 @@ async def train(config: Config, marker: str, backend: Backend | None = None) -> 
         await ppo.train(partial(update, config=config, state=ppo.state))
 
 
-def main(config: Config | None = None) -> None:
-    """Train; without a config, the command line's. Raises RlloopError."""
-    if config is None:
-        from rlloop.cli import main as command_line
-
-        sys.exit(command_line(["ppo", *sys.argv[1:]]))
-    run(train, config)
-
+main = entry_point("ppo", train)
 
 if __name__ == "__main__":
     main()

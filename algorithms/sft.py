@@ -18,10 +18,10 @@ Expected: `loss/policy` falls within the first steps. On `examples/sft/questions
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
-from rlloop.run import POLICY, run
+from rlloop.cli import entry_point
+from rlloop.run import POLICY
 from rlloop.supervised_run import SupervisedSettings, open_supervised_run
 from rlloop.trainer import Trainer
 from rlloop.types import Metrics, Sample
@@ -45,14 +45,7 @@ async def train(config: Config, marker: str) -> None:
         await sft.train(partial(update, config=config))
 
 
-def main(config: Config | None = None) -> None:
-    """Train; without a config, the command line's. Raises RlloopError."""
-    if config is None:
-        from rlloop.cli import main as command_line
-
-        sys.exit(command_line(["sft", *sys.argv[1:]]))
-    run(train, config)
-
+main = entry_point("sft", train)
 
 if __name__ == "__main__":
     main()

@@ -7,14 +7,16 @@ import logging
 import pkgutil
 import shlex
 import sys
+from collections.abc import Callable, Coroutine
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlloop import __version__
 from rlloop.errors import ConfigError, RlloopError, Stopped
 
 if TYPE_CHECKING:
     from rlloop.config import TrainingSettings
+    from rlloop.run import SettingsT
 
 ALGORITHMS = "rlloop.algorithms"  # a name, not an import: the library knows no algorithm
 
@@ -48,6 +50,20 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n{_where(settings)}")
         return 1
     return 0
+
+
+def entry_point(name: str, train: Callable[[SettingsT, str], Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """The `main(settings=None)` of the algorithm `name`, from its `train(settings, marker)`."""
+
+    def run_algorithm(settings: SettingsT | None = None) -> None:
+        """Train; without settings, with those of the command line. Raises RlloopError."""
+        if settings is None:
+            sys.exit(main([name, *sys.argv[1:]]))
+        from rlloop.run import run
+
+        run(train, settings)
+
+    return run_algorithm
 
 
 def _algorithm(name: str) -> ModuleType:
