@@ -30,6 +30,8 @@ VARIABLE = "RLLOOP_RUN_ID"
 """Environment variable with the mark of the run."""
 
 _KILL_SECONDS = 5.0
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""By the guardian: a batch system may send them to every process of the job."""
 _SHARED_MEMORY = "/dev/shm"
 
 
@@ -104,17 +106,22 @@ def blocked_signals(*signals: signal.Signals) -> Iterator[None]:
 
 
 def _start_guardian(marker: str) -> subprocess.Popen[bytes]:
-    guardian = subprocess.Popen(
-        # -I: this folder must not be on sys.path, where our types.py would hide Python's. -S: starts sooner.
-        [sys.executable, "-I", "-S", __file__, marker],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={name: value for name, value in os.environ.items() if name != VARIABLE},
-        cwd="/",
-        start_new_session=True,  # out of reach of Ctrl-C
-        bufsize=0,
-    )
+    # Inherited, so that they do not end it before it has said that it ignores them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    try:
+        guardian = subprocess.Popen(
+            # -I: this folder must not be on sys.path, where our types.py would hide Python's. -S: starts sooner.
+            [sys.executable, "-I", "-S", __file__, marker],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={name: value for name, value in os.environ.items() if name != VARIABLE},
+            cwd="/",
+            start_new_session=True,  # out of reach of Ctrl-C
+            bufsize=0,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert guardian.stdin is not None
     # Programs do not inherit the pipe, but forked children do, and would keep it open when this process has died.
     os.register_at_fork(after_in_child=guardian.stdin.close)
@@ -183,8 +190,8 @@ def _read(pid: int, name: str) -> bytes:
 
 
 def _watch(marker: str) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a batch system may send them to every process of the job
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()  # ends when the parent closes its end of the pipe, or dies
     kill_marked(marker)
     for name in os.listdir(_SHARED_MEMORY):

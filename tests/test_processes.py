@@ -10,11 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlloop import processes
 from rlloop.processes import VARIABLE, blocked_signals, guard, kill_marked
 
 # Starts processes in all the ways that could let one slip away; each ignores SIGTERM. Then ends as it is told.
 PARENT = """
 import multiprocessing, os, signal, subprocess, sys
+from rlloop import processes
 from rlloop.processes import guard, shared_memory_prefix
 
 STAY = '''
@@ -147,6 +149,16 @@ def test_the_guardian_outlives_the_signals_that_end_a_job(script):
         assert wait_until_gone({*pids.values(), guardian}, 2.0) == set()
 
 
+def test_not_even_while_it_starts_do_signals_end_the_guardian() -> None:
+    guardian = processes._start_guardian("a run's mark")
+    assert guardian.stdin is not None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        guardian.send_signal(number)
+    guardian.stdin.close()
+    assert guardian.wait(10) == 0
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
 def test_a_process_may_end_within_the_grace(tmp_path):
     code = (
         "import signal, sys, time\n"
@@ -185,6 +197,7 @@ def test_only_what_was_started_in_the_block_is_killed(monkeypatch):
 
 BLOCKED = """
 import multiprocessing, signal, subprocess, sys
+from rlloop import processes
 from rlloop.processes import blocked_signals
 
 def show(name):

@@ -76,7 +76,7 @@ def step(trainer: RecordingTrainer | None = None, **settings: Any) -> tuple[Reco
     return trainer, found[0]
 
 
-STEP = ["forward_backward policy", "optim_step policy 0.0001", "forward_backward critic", "optim_step critic 0.0003"]
+STEP = ["forward_backward policy", "optim_step policy 0.0001", "forward_backward critic", "optim_step critic 0.001"]
 
 
 def test_one_step_asks_for_nothing_that_it_does_not_use() -> None:

@@ -36,8 +36,8 @@ for step in range(1, 51):
         trackers.evaluation(step - 5, {"eval/reward_mean": 0.5, "eval/reward_stderr": 0.1, "eval/prompts": 16.0})
         trackers.completions(step, [{"prompt": "1+1", "text": "2", "reward": 1.0}] * 4)
     time.sleep(0.02)
-while mode == "online" and not hasattr(sys.modules.get("wandb"), "init"):
-    time.sleep(0.1)  # a slow machine imports it for longer than these steps take; close() waits 10 s for all of the rest
+while mode == "online" and not list(run_dir.glob("wandb/*run-*")):
+    time.sleep(0.1)  # a slow machine imports and starts it for longer than these steps take; close() waits 10 s for the rest
 before = time.monotonic()
 trackers.close()
 print(json.dumps({"open": opened - start, "calls": calls, "close": time.monotonic() - before, "end": time.time()}))
