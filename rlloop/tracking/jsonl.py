@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,19 +28,31 @@ def open_append(path: Path) -> BinaryIO:
     A line that a killed process left half written is ended, and thereby kept from swallowing the next one.
     """
     file = open(path, "ab", buffering=0)  # noqa: SIM115 - the caller closes it
-    if file.tell():
-        with open(path, "rb") as existing:
-            existing.seek(-1, 2)
-            if existing.read(1) != b"\n":
-                file.write(b"\n")
+    with _locked(file, fcntl.LOCK_EX):  # or it might see the half of a line that another is writing
+        if file.tell():
+            with open(path, "rb") as existing:
+                existing.seek(-1, 2)
+                if existing.read(1) != b"\n":
+                    file.write(b"\n")
     return file
 
 
 def append(file: BinaryIO, lines: bytes) -> None:
     """Write whole lines with one system call (more only where the disk takes less than it was given)."""
     rest = memoryview(lines)
-    while rest:
-        rest = rest[file.write(rest) :]
+    with _locked(file, fcntl.LOCK_SH):
+        while rest:
+            rest = rest[file.write(rest) :]
+
+
+@contextmanager
+def _locked(file: BinaryIO, kind: int) -> Iterator[None]:
+    """Against openings of the same file; those that append do not wait for each other."""
+    fcntl.flock(file, kind)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
