@@ -119,11 +119,11 @@ def policy_loss(
     `tokens.ref_logprobs`.
     """
     old_logprobs = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
-    proximal_logprobs = {
-        "trainer": lambda: old_logprobs,
-        "rollout": lambda: tokens.rollout_logprobs,
-        "interpolated": lambda: interpolated_logprobs(logprobs.detach(), tokens),
-    }[proximal]()
+    proximal_logprobs = old_logprobs
+    if proximal == "rollout":
+        proximal_logprobs = tokens.rollout_logprobs
+    elif proximal == "interpolated":
+        proximal_logprobs = interpolated_logprobs(logprobs.detach(), tokens)
     token_loss, metrics = surrogate(logprobs, proximal_logprobs, tokens)
     if proximal != "rollout":
         token_loss = token_loss * importance_weights(

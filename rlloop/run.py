@@ -244,14 +244,14 @@ async def open_run(
             begin_with=settings.init_adapter,
             created=created,
         )
+        is_shared = backend is not None
         if backend is None:
             tracker.status(f"starting vLLM and the trainer {placement}")
             backend = await stack.enter_async_context(
                 open_backend(settings, marker, directory.path, placement=placement, events=events, prepare=prepare)
             )
-            refit = Refit(backend.trainer, backend.engine, POLICY, settings.num_versions, events)
-        else:
-            refit = Refit(backend.trainer, backend.engine, POLICY, settings.num_versions, events)
+        refit = Refit(backend.trainer, backend.engine, POLICY, settings.num_versions, events)
+        if is_shared:
             stack.push_async_callback(_leave, backend.trainer, refit, created)
             await prepare(backend.trainer)
         tracker.status("waiting for the first rollouts")
