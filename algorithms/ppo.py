@@ -14,7 +14,8 @@ Deviations from the paper:
   With `--proximal rollout` the ratio is to the policy that sampled, as published.
 * One epoch, of four minibatches. With a single one every gradient would be taken where old and new policy are equal, so nothing
   would be clipped, and the critic learns too little from one step a batch.
-* The critic has an optimizer of its own instead of a weight in a common loss.
+* The critic has an optimizer of its own instead of a weight in a common loss, and learns the rewards that came instead of returns
+  that are made of its own word in part (decoupled GAE, Yuan et al. 2025, arXiv 2503.01491).
 
 Expected: SmolLM2-135M-Instruct on `arithmetic` rises from about 0.15 to above 0.9 within 20 steps of 64 samples. At 3e-4, which
 suits one optimizer step a batch, it gets there sooner and may collapse later.
@@ -70,6 +71,8 @@ class CriticSettings(Settings):
 
     lora: LoraSettings = LoraSettings()
     optim: CriticOptimSettings = CriticOptimSettings()
+    trace_decay: float = Field(1.0, ge=0, le=1)
+    """What the critic learns: the rollout's own reward (1), or down to its own word one token ahead (0)."""
     clip: float | None = Field(None, gt=0)
     """Hold values within this of the old ones in the loss; without it they are not held."""
 
@@ -135,7 +138,12 @@ async def update(trainer: Trainer, groups: list[Group], config: Config, state: d
     rewards = token_rewards(samples, kl_coef if config.kl_in == "reward" else 0.0)
     found |= critic_metrics(samples, rewards, discount=config.discount)
     samples = with_critics_credit(
-        samples, rewards, discount=config.discount, trace_decay=config.trace_decay, whiten=config.whiten
+        samples,
+        rewards,
+        discount=config.discount,
+        trace_decay=config.trace_decay,
+        critic_trace_decay=config.critic.trace_decay,
+        whiten=config.whiten,
     )
     policy_loss = bind_policy_loss(config, clipped, kl_coef if config.kl_in == "loss" else 0.0)
     critic_loss = partial(value_loss, clip=config.critic.clip)

@@ -146,15 +146,22 @@ def with_critics_credit(
     *,
     discount: float,
     trace_decay: float,
+    critic_trace_decay: float,
     whiten: bool = True,
 ) -> list[Sample]:
-    """From `token_rewards` and `old_values`: advantages of each token, and `returns`, which are advantages plus values.
+    """From `token_rewards` and `old_values`: advantages of each token, and the `returns` that the critic learns.
 
-    Between two turns no time passes. See `rlloop.advantages.generalised_advantages`. `whiten`: the advantages, over all tokens.
+    Between two turns no time passes. See `rlloop.advantages.generalised_advantages`; returns are advantages plus values, with a
+    trace decay of their own (decoupled GAE, Yuan et al. 2025, "What's Behind PPO's Collapse in Long-CoT?", arXiv 2503.01491):
+    with 1 they are the rewards that came, and hold nothing of the critic's own later word. `whiten`: the advantages, over all
+    tokens.
     """
     values = _old_values(samples)
-    found = generalised_advantages(rewards, values, discount=discount, trace_decay=trace_decay)
-    returns = [advantages + value for advantages, value in zip(found, values, strict=True)]
+    found, ahead = (
+        generalised_advantages(rewards, values, discount=discount, trace_decay=decay)
+        for decay in (trace_decay, critic_trace_decay)
+    )
+    returns = [each + value for each, value in zip(ahead, values, strict=True)]
     if whiten:
         found = np.split(whitened(np.concatenate(found)), np.cumsum([len(each) for each in found])[:-1])
     return [

@@ -113,13 +113,18 @@ def test_critics_credit_by_hand() -> None:
     samples = [replace(s, ref_logprobs=np.where(s.loss_mask, -2.5, 0).astype(np.float32)) for s in samples]
     rewards = token_rewards(samples, kl_coef=0.1)
     np.testing.assert_allclose(np.concatenate(rewards), [0.95, -0.05, 0.45], atol=1e-6)
-    found = with_critics_credit(samples, rewards, discount=1.0, trace_decay=0.5, whiten=False)
+    decays = {"discount": 1.0, "trace_decay": 0.5}
+    found = with_critics_credit(samples, rewards, **decays, critic_trace_decay=0.5, whiten=False)
     # Each token's reward is lowered by 0.1 * (-2 + 2.5). Deltas: 0.95 - 0.25; 0.45 - 0.75, and -0.05 + 0.75.
     np.testing.assert_allclose(found[0].advantages, [0, 0, 0.7], atol=1e-6)
     np.testing.assert_allclose(found[1].advantages, [0, 0, 0.7 - 0.5 * 0.3, -0.3], atol=1e-6)
     np.testing.assert_allclose(found[0].returns, [0, 0, 0.95], atol=1e-6)
     np.testing.assert_allclose(found[1].returns, [0, 0, 0.55, 0.45], atol=1e-6)
-    whitened = with_critics_credit(samples, rewards, discount=1.0, trace_decay=0.5)
+    decoupled = with_critics_credit(samples, rewards, **decays, critic_trace_decay=1.0, whiten=False)
+    np.testing.assert_allclose(decoupled[1].returns, [0, 0, -0.05 + 0.45, 0.45], atol=1e-6)
+    for coupled, apart in zip(found, decoupled, strict=True):
+        np.testing.assert_array_equal(coupled.advantages, apart.advantages)
+    whitened = with_critics_credit(samples, rewards, **decays, critic_trace_decay=0.5)
     credit = np.concatenate([sample.advantages[sample.loss_mask] for sample in whitened])
     assert (credit.mean(), credit.std()) == pytest.approx((0, 1), abs=1e-6)
     for plain, white in zip(found, whitened, strict=True):

@@ -88,13 +88,20 @@ def test_one_step_asks_for_nothing_that_it_does_not_use() -> None:
 
 
 def test_credit_is_the_critics() -> None:
-    """With trace_decay 0 a token's advantage is the next value less its own, and the last one's the reward less its own."""
+    """With trace_decay 0 a token's advantage is the next value less its own, and the last one's the reward less its own.
+
+    The critic learns the rewards that came, unless it is told otherwise."""
     trainer, _ = step(trace_decay=0.0, whiten=False)
     (batch,) = trainer.batches[POLICY]
     by_length = {(len(sample.tokens), sample.prompt_id): sample for sample in batch}
     np.testing.assert_allclose(by_length[3, 0].advantages, [0, 0, 0.75])
     np.testing.assert_allclose(by_length[5, 1].advantages, [0, 0, 0, 0, -0.25])
-    np.testing.assert_allclose(by_length[5, 1].returns, [0, 0, 0.25, 0.25, 0])
+    np.testing.assert_allclose(by_length[3, 0].returns, [0, 0, 1])
+    np.testing.assert_allclose(by_length[5, 1].returns, [0, 0, 0, 0, 0])
+    trainer, _ = step(trace_decay=0.0, whiten=False, critic={"trace_decay": 0.0})
+    (batch,) = trainer.batches[POLICY]
+    (longest,) = (sample.returns for sample in batch if (len(sample.tokens), sample.prompt_id) == (5, 1))
+    np.testing.assert_allclose(longest, [0, 0, 0.25, 0.25, 0])
 
 
 def test_several_steps_recompute_the_old_policy_and_use_every_sample_each_epoch() -> None:

@@ -72,7 +72,8 @@ def test_flash_attention_is_packed_attention(group_size: int) -> None:
 
 
 def test_graphs_change_nothing(tmp_path: Path) -> None:
-    """Over more lengths than Megatron's cache of angles has room for, with two adapters that take turns."""
+    """Over more lengths than Megatron's cache of angles has room for and several sizes, with two adapters that take turns,
+    after one that went."""
     torch.manual_seed(0)
     shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.05}
@@ -81,11 +82,15 @@ def test_graphs_change_nothing(tmp_path: Path) -> None:
 
     async def live(kind: str) -> None:
         async with make_trainer(tmp_path, kind) as trainer:
+            await trainer.create_adapter("gone", LoraConfig(rank=4))
+            await trainer.forward_backward("gone", make_samples(1, 4, 0), surrogate)
+            await trainer.remove_adapter("gone")
             for name, lora in ADAPTERS.items():
                 await trainer.create_adapter(name, lora)
             for step in range(40):
                 name = "ab"[step % 2]
-                await trainer.forward_backward(name, make_samples(6, 4, step, 20 + step), surrogate)
+                samples = make_samples(1 + step % 6, 4, step, 20 + step)
+                await trainer.forward_backward(name, samples, surrogate)
                 await trainer.optim_step(name, AdamConfig(lr=1e-3, eps=1e-4))
                 await trainer.logprobs(None, make_samples(1, 1, step, 20 + step))
             last = make_samples(6, 4, 99)

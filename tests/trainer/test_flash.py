@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rlloop.batching import Microbatch, pack
 from rlloop.trainer.attention import PackedLayout
 from rlloop.trainer.flash import FlashLayout, _Gather, count_keys, ends, index_keys
-from rlloop.trainer.megatron.room import Room, fill, needed_room
+from rlloop.trainer.megatron.room import Room, fill, fitting_size, needed_room
 from rlloop.types import Sample
 
 CPU = torch.device("cpu")
@@ -90,3 +90,26 @@ def test_filling_up_leaves_what_is_there(prompts: list[int], group_size: int, ex
         np.testing.assert_array_equal(index_keys(full), np.arange(room.num_tokens))
     assert room.grown(needed_room(full, room.num_tokens)) == room
     assert replace(full, tokens=microbatch.tokens).hidden_index is microbatch.hidden_index
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "size"),
+    [
+        (2049, None),
+        (2048, 2048),
+        (1537, 2048),
+        (1536, 1536),
+        (1152, 1152),
+        (865, 1152),
+        (273, 273),
+        (272, 273),
+        (1, 273),
+    ],
+)
+def test_a_room_is_at_most_a_third_larger_than_what_it_holds(num_tokens: int, size: int | None) -> None:
+    """From 2048: 1536, 1152, 864, 648, 486, 364, 273, and nothing smaller."""
+    assert fitting_size(num_tokens, 2048) == size
+
+
+def test_a_small_largest_room_is_the_only_one() -> None:
+    assert fitting_size(3, 100) == 100

@@ -1,7 +1,8 @@
 """CUDA graphs of all layers, forward and backward: for models whose kernels are shorter than it takes to launch them.
 
 A graph replays the same kernels on the same memory, so a microbatch is copied into buffers with room for it, and filled up
-with segments that nothing reads. The head and the loss stay outside: their tokens vary most, and they are few kernels.
+with segments that nothing reads. There are graphs of several sizes, each captured when it is first needed, and all in one
+memory, for they run one after another. The head and the loss stay outside: their tokens vary most, and they are few kernels.
 """
 
 from __future__ import annotations
@@ -21,10 +22,8 @@ from rlloop.trainer.megatron.layer import Row, run_body
 from rlloop.trainer.megatron.lora import LoraLinear
 from rlloop.trainer.megatron.model import Model
 from rlloop.trainer.megatron.parallel import Groups
-from rlloop.trainer.megatron.room import Room, fill, needed_room, padded
+from rlloop.trainer.megatron.room import Room, fill, fitting_size, needed_room, padded
 
-_LEAST_FILL = 0.75
-"""A microbatch with fewer of the room's tokens runs without a graph: filling it up would cost more."""
 _LARGEST_LAUNCH_BOUND = 2 * 10**9
 """Weights of a model that is faster with graphs: SmolLM2-135M 1.4x, Qwen2.5-1.5B 1.01x (and 2 GB less), Llama-3-8B not."""
 
@@ -46,36 +45,38 @@ def wants_graphs(settings: TrainerSettings, groups: Groups, model: Model, dtype:
 
 
 class Graphs:
-    """Of one chunk that is the whole model, one for each adapter. `num_tokens`: room for that many tokens."""
+    """Of one chunk that is the whole model, for each adapter and size. `max_tokens`: of the largest."""
 
-    def __init__(self, chunk: Any, num_tokens: int, device: torch.device) -> None:
+    def __init__(self, chunk: Any, max_tokens: int, device: torch.device) -> None:
         self._chunk = chunk
+        self._max_tokens = max_tokens
         self._device = device
-        self._room = Room(num_tokens, 16, 0, 64)
-        self._graphs: WeakKeyDictionary[Adapter, _Graph] = WeakKeyDictionary()
+        self._rooms: dict[int, Room] = {}
+        self._graphs: WeakKeyDictionary[Adapter, dict[int, _Graph]] = WeakKeyDictionary()
+        self._first = torch.cuda.CUDAGraph()  # a pool whose last graph went cannot be used again, so one stays
+        with torch.cuda.graph(self._first):
+            torch.zeros(1, device=device)
 
     def run(self, microbatch: Microbatch, adapter: Adapter) -> Tensor | None:
-        """-> hidden states [room, 1, C], the first T of them the microbatch's; None when it does not fill the room.
+        """-> hidden states [room, 1, C], the first T of them the microbatch's; None when it is larger than all rooms.
 
         The next call overwrites them, so finish the backward pass before.
         """
-        num_tokens = len(microbatch.tokens)
-        if not _LEAST_FILL * self._room.num_tokens <= num_tokens <= self._room.num_tokens:
+        size = fitting_size(len(microbatch.tokens), self._max_tokens)
+        if size is None:
             return None
-        needed = needed_room(microbatch, self._room.num_tokens)
-        grown = self._room.grown(needed)
-        if grown != self._room:
-            self._room = grown
-            self._graphs.clear()
-        graph = self._graphs.get(adapter)
-        if graph is None or graph.weights_moved != LoraLinear.weights_moved:
-            graph = self._graphs[adapter] = _Graph(self._chunk, self._room, self._device, microbatch)
+        room = self._rooms.get(size, Room(size, 16, 0, 64)).grown(needed_room(microbatch, size))
+        self._rooms[size] = room
+        graphs = self._graphs.setdefault(adapter, {})
+        graph = graphs.get(size)
+        if graph is None or graph.room != room or graph.weights_moved != LoraLinear.weights_moved:
+            graph = graphs[size] = _Graph(self._chunk, room, self._device, self._first.pool(), microbatch)
         return graph(microbatch)
 
 
 class _Graph:
-    def __init__(self, chunk: Any, room: Room, device: torch.device, example: Microbatch) -> None:
-        self._room = room
+    def __init__(self, chunk: Any, room: Room, device: torch.device, pool: Any, example: Microbatch) -> None:
+        self.room = room
         self.weights_moved = LoraLinear.weights_moved
         self._tokens = torch.zeros(room.num_tokens, dtype=torch.long, device=device)
         self._positions = torch.zeros_like(self._tokens)
@@ -100,7 +101,6 @@ class _Graph:
                     hidden.backward(torch.zeros_like(hidden))
             torch.cuda.current_stream().wait_stream(stream)
             self._d_hidden = torch.zeros_like(hidden)
-            pool = torch.cuda.graph_pool_handle()
             self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._forward, pool=pool):
                 self._hidden = forward()
@@ -116,7 +116,7 @@ class _Graph:
         return hidden
 
     def _load(self, microbatch: Microbatch) -> None:
-        full = fill(microbatch, self._room)
+        full = fill(microbatch, self.room)
         layout = self._layout
         contents = [
             (self._tokens, full.tokens),
@@ -125,7 +125,7 @@ class _Graph:
             (layout.key_ends, ends(count_keys(full))),
         ]
         if layout.key_index is not None:
-            contents.append((layout.key_index, padded(index_keys(full), self._room.num_keys)))
+            contents.append((layout.key_index, padded(index_keys(full), self.room.num_keys)))
         for buffer, array in contents:
             buffer.copy_(torch.from_numpy(array).pin_memory(), non_blocking=True)
 

@@ -14,6 +14,21 @@ from numpy.typing import NDArray
 from rlloop.batching import Microbatch
 from rlloop.trainer.flash import count_keys, ends
 
+_STEP = 0.75
+"""A room's tokens to those of the next larger: a microbatch fills that much of its room at least, but of the smallest."""
+_SMALLEST = 256
+"""Tokens that take less time to compute than their kernels would take to launch, for any model that wants graphs."""
+
+
+def fitting_size(num_tokens: int, largest: int) -> int | None:
+    """The smallest size of a room for that many tokens, of `largest` and what follows from it; None when none fits."""
+    if num_tokens > largest:
+        return None
+    size = largest
+    while (smaller := int(size * _STEP)) >= max(num_tokens, _SMALLEST):
+        size = smaller
+    return size
+
 
 @dataclass(frozen=True, slots=True)
 class Room:

@@ -58,7 +58,7 @@ _EMPTY = Microbatch(
 
 
 class Schedule:
-    """Runs microbatches through this copy of the model. `graph_tokens`: use CUDA graphs with room for that many tokens."""
+    """Runs microbatches through this copy of the model. `graph_tokens`: use CUDA graphs with room for up to that many tokens."""
 
     def __init__(
         self, model: Model, groups: Groups, temperature: float, trace: Trace, graph_tokens: int | None
