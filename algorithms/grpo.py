@@ -12,7 +12,8 @@ Deviations from the papers:
 * One optimizer step a batch, on samples that may be `max_staleness` versions old. The trainer's policy before the update equals
   the updated one when the gradient is taken, so nothing is clipped; an importance weight (`correction`) corrects for age, and
   for the engine's arithmetic. With `--proximal rollout` the ratio is to the policy that sampled, and clipping does that.
-* Without a preset: GRPO's advantage with DAPO's normalisation, and no KL penalty.
+* Without a preset: Dr. GRPO's advantage, which is not divided by the group's standard deviation (it learned more where right
+  answers are rare: docs/algorithms.md), with DAPO's normalisation, and no KL penalty.
 * Samples without an advantage are not computed where their gradient is zero: not with a KL penalty or a loss of one's own.
 
 Expected: SmolLM2-135M-Instruct on `arithmetic` rises from about 0.1 to above 0.9 within 30 steps of 64 samples
@@ -46,8 +47,8 @@ from rlloop.types import Group, Metrics
 from rlloop.updates import after_step, bind_policy_loss, optimizer_step, present_kl_coef
 
 ADVANTAGES = {
-    "normalised": "rlloop.advantages:group_normalised",
     "centred": "rlloop.advantages:group_centred",
+    "normalised": "rlloop.advantages:group_normalised",
     "leave_one_out": "rlloop.advantages:leave_one_out",
     "raw": "rlloop.advantages:raw_rewards",
 }
@@ -57,14 +58,21 @@ SURROGATES = {
     "clipped_weight": "rlloop.losses:clipped_weight",
     "geometric_clipped": "rlloop.losses:geometric_clipped",
 }
-_SEQUENCES = {"normalisation": "sequence", "proximal": "rollout"}
+_GRPO = {"advantage": "normalised", "normalisation": "sequence"}
+_SEQUENCES = {**_GRPO, "proximal": "rollout"}
 PRESETS: dict[str, dict[str, Any]] = {
-    "grpo": {"normalisation": "sequence", "kl_coef": 0.04},
+    "grpo": {**_GRPO, "kl_coef": 0.04},
     "dr_grpo": {"advantage": "centred", "normalisation": "constant"},
-    "dapo": {"clip_high": 0.28, "overlong_buffer": 0.2, "dynamic_sampling": 3.0},
+    "dapo": {"advantage": "normalised", "clip_high": 0.28, "overlong_buffer": 0.2, "dynamic_sampling": 3.0},
     "gspo": {**_SEQUENCES, "loss": "sequence_clipped", "clip_low": 3e-4, "clip_high": 4e-4},
     "gmpo": {**_SEQUENCES, "loss": "geometric_clipped", "clip_low": 0.4, "clip_high": 0.4},
-    "cispo": {"proximal": "rollout", "loss": "clipped_weight", "clip_low": 1.0, "clip_high": 4.0},
+    "cispo": {
+        "advantage": "normalised",
+        "proximal": "rollout",
+        "loss": "clipped_weight",
+        "clip_low": 1.0,
+        "clip_high": 4.0,
+    },
     "rloo": {"advantage": "leave_one_out", "normalisation": "constant", "kl_in": "reward"},
     "reinforce_pp": {"advantage": "raw", "whiten": True, "kl_in": "reward"},
 }
@@ -75,8 +83,8 @@ class Config(PolicySettings):
 
     preset: Literal["grpo", "dr_grpo", "dapo", "gspo", "gmpo", "cispo", "rloo", "reinforce_pp"] | None = None
     """Defaults of the settings below as a paper has them; what is set, in a file too, wins."""
-    advantage: Annotated[str, AfterValidator(partial(name_or_path, names=ADVANTAGES))] = "normalised"
-    """normalised, centred, leave_one_out, raw, or `module:function` of one's own: rewards [G] -> advantages [G]."""
+    advantage: Annotated[str, AfterValidator(partial(name_or_path, names=ADVANTAGES))] = "centred"
+    """centred, normalised, leave_one_out, raw, or `module:function` of one's own: rewards [G] -> advantages [G]."""
     whiten: bool = False
     """Bring the advantages of a whole step to mean 0 and standard deviation 1."""
     loss: Annotated[str, AfterValidator(partial(name_or_path, names=SURROGATES))] = "clipped"

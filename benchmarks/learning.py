@@ -5,8 +5,8 @@
 
 All runs use one engine and one trainer, one after another. Each is kept as it ends, in results/<name>.jsonl, and one that is
 there is not run again; the table and the picture show all of them. Settings are examples/quickstart.toml's but for the task and
-max_staleness 2, the same for all; `default` is `rlloop grpo` without a preset, `centred` the same without the division by the
-group's standard deviation. On one GPU that engine and trainer share add `--engine.kv_cache_gib 8`. results/<name>.png: a panel
+max_staleness 2, the same for all; `default` is `rlloop grpo` without a preset, `normalised` the same but divided by the group's
+standard deviation. On one GPU that engine and trainer share add `--engine.kv_cache_gib 8`. results/<name>.png: a panel
 a task, a line the mean over seeds, a band from the lowest to the highest.
 """
 
@@ -25,7 +25,7 @@ from rlloop.algorithms.grpo import PRESETS
 
 ALGORITHMS = {
     "default": ("grpo",),
-    "centred": ("grpo", "--advantage", "centred"),
+    "normalised": ("grpo", "--advantage", "normalised"),
     **{preset: ("grpo", "--preset", preset) for preset in PRESETS},
     "ppo": ("ppo", "--optim.lr", "1e-4"),  # four optimizer steps a batch: at the others' 3e-4 it collapses now and then
 }

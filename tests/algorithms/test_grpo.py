@@ -109,6 +109,11 @@ def test_presets(preset: Any, expected: list[float], weight: list[float], surrog
     assert trainer.loss.keywords["kl_coef"] == (0.04 if preset == "grpo" else 0)
 
 
+def test_the_groups_standard_deviation_divides_only_where_a_preset_says_so() -> None:
+    assert advantages(step()) == pytest.approx([0.5, -0.5, THIRD, THIRD, -2 * THIRD])
+    assert advantages(step(preset="dapo", overlong_buffer=0)) == pytest.approx([n for n in NORMALISED if n], abs=1e-5)
+
+
 def test_dapo_lowers_the_rewards_of_long_completions() -> None:
     trainer = step(preset="dapo", advantage="centred")
     # The last 2 of 10 tokens: the third rollout's reward falls from 0.5 to -0.5, the mean of the three to 1 / 6.
@@ -151,7 +156,7 @@ def test_every_preset_is_offered_and_what_is_set_wins_over_it() -> None:
             {"loss": "sequence_cliped"},
             r"expected clipped, .* or package.module:name \(did you mean sequence_clipped\?\)",
         ),
-        ({"advantage": "best"}, "expected normalised, centred, leave_one_out, raw or package.module:name"),
+        ({"advantage": "best"}, "expected centred, normalised, leave_one_out, raw or package.module:name"),
         ({"correction": {"bound": "mask", "floor": 3.0}}, "floor 3.0 is not below cap 2.0"),
         ({"correction": {"floor": 0.5}}, "floor is for bound mask only"),
         ({"preset": "cispo", "correction": {"bound": "none"}}, "--correction: not used with --proximal rollout"),
@@ -161,7 +166,7 @@ def test_every_preset_is_offered_and_what_is_set_wins_over_it() -> None:
         ),
         (
             {"group_size": 1},
-            "--group-size 1: --advantage normalised compares the rollouts of a prompt",
+            "--group-size 1: --advantage centred compares the rollouts of a prompt",
         ),
         ({"preset": "rloo", "kl_coef": 0.1, "dynamic_sampling": 1}, "--dynamic-sampling: groups"),
         ({"clip_low": 1.5}, "--clip-low: expected at most 1 with --loss clipped, got 1.5"),
