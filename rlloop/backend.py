@@ -67,20 +67,18 @@ async def open_trainer(
     events: Events,
     *,
     temperature: float = 1.0,
-    transport: Literal["memory", "disk"] = "memory",
+    transport: Literal["auto", "cuda_ipc", "memory", "disk"] = "auto",
 ) -> AsyncIterator[Trainer]:
     """Start the trainer alone; `model` is a folder. See `open_backend`.
 
     `temperature` is that of the distributions whose logprobs it computes; `transport` takes the adapters that it exports.
     """
-    from rlloop.refit.transports import DiskWriter, MemoryWriter
+    from rlloop.refit.transports import make_writer
     from rlloop.trainer.kinds import trainer_class
 
-    writer = (
-        MemoryWriter(placement.dtype, f"{shared_memory_prefix(marker)}refit")
-        if transport == "memory"
-        else DiskWriter(placement.dtype, folder / "refit")
-    )
+    if transport == "auto":
+        transport = "memory" if placement.trainer_cores else "cuda_ipc"
+    writer = make_writer(transport, placement.dtype, f"{shared_memory_prefix(marker)}refit", folder / "refit")
     trainer = trainer_class(settings.trainer.kind)(
         model,
         dtype=placement.dtype,

@@ -166,8 +166,8 @@ class TrainerSettings(Settings):
 class RefitSettings(Settings):
     """How new weights reach the engine."""
 
-    transport: Literal["memory", "disk"] = "memory"
-    """Shared memory, or safetensors in a folder (fallback and baseline)."""
+    transport: Literal["auto", "cuda_ipc", "memory", "disk"] = "auto"
+    """The trainer's GPU memory, mapped by the engine (`auto` on GPUs); shared memory (`auto` on CPUs); or a file (fallback)."""
 
 
 class CheckpointSettings(Settings):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,6 +148,10 @@ class Sample:
     """Versions that the trainer is ahead of the one that sampled the token."""
 
 
+Transport: TypeAlias = Literal["cuda_ipc", "memory", "disk"]
+"""How an adapter gets to the engine; see `rlloop.refit.transports`."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterTicket:
     """Everything about an exported LoRA adapter but its bytes, which lie flat, in the order of `manifest`, at `location`.
@@ -159,7 +163,7 @@ class AdapterTicket:
     rank: int
     dtype: str
     digest: str
-    transport: Literal["memory", "disk"]
+    transport: Transport
     location: str
     num_bytes: int
     export_seconds: float

@@ -101,9 +101,11 @@ class VllmEngine:
         for rank, held in enumerate(ranks):
             if held["digest"] != ticket.digest:
                 await self._call_workers("refit_drop", version)
+                where = f"first in {held['different']}" if held["different"] else "already as they arrived"
                 raise RefitError(
                     f"engine rank {rank} holds {held['digest']} for policy version {version}, but the trainer sent "
-                    f"{ticket.digest}: the engine would have sampled from other weights than those that were trained"
+                    f"{ticket.digest} (they differ {where}): the engine would have sampled from other weights than those "
+                    "that were trained"
                 )
         self._num_published += 1
         self._versions[version] = _Version(f"policy-v{version}-{self._num_published}", time.monotonic())

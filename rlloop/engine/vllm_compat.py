@@ -22,6 +22,19 @@ def rename_mapper(model: Any) -> Any:
     return mapper
 
 
+def occupy_slot(manager: Any, slot: int, adapter_id: int) -> None:
+    """Tell vLLM's LoRAModelManager that a slot holds an adapter, which was put there past it.
+
+    Pinned, or its caches may evict it under requests in flight, and the engine dies.
+    """
+    from vllm.lora.lora_model import LoRAModel
+
+    manager._registered_adapters[adapter_id] = LoRAModel(adapter_id, 1, {})
+    manager._active_adapters[adapter_id] = None
+    manager.lora_index_to_id[slot] = adapter_id
+    manager.pin_adapter(adapter_id)
+
+
 def sentinels(llm: Any) -> list[int]:
     """File descriptors of which one becomes readable when an engine process has ended."""
     return [process.sentinel for process in llm.engine_core.resources.engine_manager.processes]

@@ -1,29 +1,60 @@
-"""How an adapter's bytes get from the trainer's process to the engine's: shared memory, or a file.
+"""How an adapter's bytes get from the trainer's process to the engine's: in the GPU's memory, in shared memory, or in a file.
 
 A writer is made by the run, pickled to the trainer's rank, and writes there; a reader lives in the engine's worker. What
-travels is one flat tensor in the engine's dtype, B scaled already, so that a slot holds exactly the bytes that were sent.
+travels is one flat tensor in the engine's dtype, B scaled already, so that a slot holds exactly the bytes that were sent. It is
+read before the next one is written.
 """
 
 from __future__ import annotations
 
+import base64
 import mmap
 import os
+import pickle
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.multiprocessing.reductions import reduce_tensor
 
 from rlloop.errors import RefitError
 from rlloop.refit.digest import digest
-from rlloop.types import AdapterTicket
+from rlloop.types import AdapterTicket, Transport
 
 FLAT = "adapter"  # the one tensor of a file
 SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass
+class CudaIpcWriter:
+    """Writes into memory of the trainer's GPU that the engine's process maps, too: nothing passes through the host."""
+
+    dtype: str
+    _flat: torch.Tensor | None = field(default=None, init=False, repr=False)
+    _handle: str = field(default="", init=False, repr=False)
+
+    def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
+        """Flatten, scale B, cast, digest. Raises RefitError unless the tensors are on a GPU."""
+        started = time.monotonic()
+        num_elements, device = _count(tensors), _device(tensors)
+        if device.type != "cuda":
+            raise RefitError(f"--refit.transport cuda_ipc: expected an adapter on a GPU, got one on {device}")
+        if self._flat is None or self._flat.numel() < num_elements:
+            self._flat = torch.empty(num_elements, dtype=getattr(torch, self.dtype), device=device)
+            shared = (_gpu_id(device.index), reduce_tensor(self._flat))
+            self._handle = base64.b64encode(pickle.dumps(shared)).decode()
+        flat = self._flat[:num_elements]
+        manifest, found = _flatten(tensors, scale, flat)
+        return _ticket("cuda_ipc", self._handle, flat, manifest, found, started)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._flat = None
 
 
 @dataclass
@@ -41,14 +72,19 @@ class MemoryWriter:
         """Flatten, scale B, cast, digest."""
         started = time.monotonic()
         dtype: torch.dtype = getattr(torch, self.dtype)
-        num_elements = sum(tensor.numel() for tensor in tensors.values())
+        num_elements, device = _count(tensors), _device(tensors)
         path = SHARED_MEMORY / self.segment_name
         if self._segment is None or self._segment.num_bytes < num_elements * dtype.itemsize:
             self.close()
-            on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-            self._segment = _Segment(path, os.O_CREAT | os.O_RDWR, num_elements * dtype.itemsize, page_lock=on_gpu)
+            num_bytes = num_elements * dtype.itemsize
+            self._segment = _Segment(path, os.O_CREAT | os.O_RDWR, num_bytes, page_lock=device.type == "cuda")
         flat = self._segment.tensor(dtype, num_elements)
-        return _flatten(tensors, scale, flat, "memory", str(path), started)
+        # From a device in one copy, not in one for each tensor.
+        staged = flat if device.type == "cpu" else torch.empty_like(flat, device=device)
+        manifest, found = _flatten(tensors, scale, staged)
+        if staged is not flat:
+            flat.copy_(staged)
+        return _ticket("memory", str(path), flat, manifest, found, started)
 
     def close(self) -> None:
         """Remove the segment."""
@@ -68,41 +104,53 @@ class DiskWriter:
     def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
         """Flatten, scale B, cast, digest, save."""
         started = time.monotonic()
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        flat = torch.empty(sum(tensor.numel() for tensor in tensors.values()), dtype=dtype)
+        flat = torch.empty(_count(tensors), dtype=getattr(torch, self.dtype), device=_device(tensors))
+        manifest, found = _flatten(tensors, scale, flat)
         path = self.folder / "refit.safetensors"
-        ticket = _flatten(tensors, scale, flat, "disk", str(path), started)
         self.folder.mkdir(parents=True, exist_ok=True)
         save_file({FLAT: flat}, path)
-        return replace(ticket, export_seconds=time.monotonic() - started)
+        return _ticket("disk", str(path), flat, manifest, found, started)
 
     def close(self) -> None:
         """Remove the file."""
         (self.folder / "refit.safetensors").unlink(missing_ok=True)
 
 
+Writer = CudaIpcWriter | MemoryWriter | DiskWriter
+
+
+def make_writer(transport: Transport, dtype: str, segment_name: str, folder: Path) -> Writer:
+    """`segment_name` is that of shared memory, `folder` that of files."""
+    if transport == "cuda_ipc":
+        return CudaIpcWriter(dtype)
+    return MemoryWriter(dtype, segment_name) if transport == "memory" else DiskWriter(dtype, folder)
+
+
 class Reader:
-    """Reads what a writer wrote, in the engine's worker. Segments are mapped, and on CUDA page-locked, once and kept."""
+    """Reads what a writer wrote, in the engine's worker. What it maps, and on CUDA page-locks, it keeps."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._segments: dict[str, _Segment] = {}
+        self._mapped: tuple[str, torch.Tensor] | None = None
 
-    def read(self, ticket: Mapping[str, Any], into: torch.Tensor | None = None) -> torch.Tensor:
-        """A flat tensor on the device: vLLM keeps what it is given, and the next version overwrites the source.
-
-        `into` is one of the same size that nobody uses any more: fresh pages cost more than the copy.
-        """
+    def read(self, ticket: Mapping[str, Any]) -> torch.Tensor:
+        """The flat tensor, where the transport has it: valid until the writer writes again."""
+        dtype: torch.dtype = getattr(torch, ticket["dtype"])
+        num_elements = ticket["num_bytes"] // dtype.itemsize
         if ticket["transport"] == "disk":
             with safe_open(ticket["location"], framework="pt", device=str(self._device)) as file:
-                found = file.get_tensor(FLAT)
-            return found.clone() if into is None else into.copy_(found)  # on a CPU it is a view of the file
-        dtype: torch.dtype = getattr(torch, ticket["dtype"])
-        segment = self._attach(ticket["location"], ticket["num_bytes"])
-        flat = segment.tensor(dtype, ticket["num_bytes"] // dtype.itemsize)
-        return (
-            flat.to(self._device, non_blocking=True, copy=True) if into is None else into.copy_(flat, non_blocking=True)
-        )
+                found: torch.Tensor = file.get_tensor(FLAT)
+            return found
+        if ticket["transport"] == "cuda_ipc":
+            return self._map(ticket["location"])[:num_elements]
+        return self._attach(ticket["location"], ticket["num_bytes"]).tensor(dtype, num_elements)
+
+    def _map(self, handle: str) -> torch.Tensor:
+        if self._mapped is None or self._mapped[0] != handle:
+            gpu, (rebuild, arguments) = pickle.loads(base64.b64decode(handle))
+            self._mapped = (handle, rebuild(*arguments[:6], _gpu_index(gpu), *arguments[7:]))
+        return self._mapped[1]
 
     def _attach(self, location: str, num_bytes: int) -> _Segment:
         segment = self._segments.get(location)
@@ -147,31 +195,53 @@ def _page_lock(whole: torch.Tensor) -> bool:
     return int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0)) == 0
 
 
-def _flatten(
-    tensors: Mapping[str, torch.Tensor],
-    scale: float,
-    flat: torch.Tensor,
-    transport: Literal["memory", "disk"],
-    location: str,
-    started: float,
-) -> AdapterTicket:
+def _count(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
+    return next(iter(tensors.values())).device
+
+
+def _gpu_id(index: int | None) -> str:
+    """The same in every process, whichever GPUs it sees."""
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index).uuid)
+
+
+def _gpu_index(gpu_id: str) -> int:
+    """Raises RefitError when this process does not see that GPU."""
+    seen = [_gpu_id(index) for index in range(torch.cuda.device_count())]
+    if gpu_id not in seen:
+        raise RefitError(
+            f"the trainer's GPU {gpu_id} is not among those that the engine sees, {seen}: use --refit.transport memory"
+        )
+    return seen.index(gpu_id)
+
+
+Manifest = tuple[tuple[str, tuple[int, int]], ...]
+
+
+@torch.no_grad()
+def _flatten(tensors: Mapping[str, torch.Tensor], scale: float, flat: torch.Tensor) -> tuple[Manifest, str]:
+    """Into `flat`, on their device, B scaled; -> what is where, and the digest. A few kernels, however many tensors."""
     if others := [name for name in tensors if ".lora_A." not in name and ".lora_B." not in name]:
         raise RefitError(f"an engine's adapter slots hold A and B only, got {others[0]} (of DoRA)")
-    device = next(iter(tensors.values())).device
-    # From a device in one copy, not in one for each tensor.
-    staged = flat if device.type == "cpu" else torch.empty_like(flat, device=device)
-    manifest, start = [], 0
-    for name in sorted(tensors):
-        source = tensors[name].detach()
-        part = staged[start : start + source.numel()].view(source.shape)
-        part.copy_(source * scale if ".lora_B." in name else source)
-        manifest.append((name, (source.shape[0], source.shape[1])))
-        start += source.numel()
-    found = digest(staged, manifest)
-    if staged is not flat:
-        flat.copy_(staged)
+    manifest = tuple((name, (tensors[name].shape[0], tensors[name].shape[1])) for name in sorted(tensors))
+    pieces = flat.split([rows * columns for _, (rows, columns) in manifest])
+    places = {name: piece.view(shape) for (name, shape), piece in zip(manifest, pieces, strict=True)}
+    ups = [name for name in places if ".lora_B." in name]
+    downs = [name for name in places if ".lora_A." in name]
+    # In the tensors' own precision; cast as they are copied.
+    scaled = torch._foreach_mul([tensors[name].detach() for name in ups], scale)
+    torch._foreach_copy_([places[name] for name in (*downs, *ups)], [*(tensors[name] for name in downs), *scaled])
+    return manifest, digest(flat, manifest)
+
+
+def _ticket(
+    transport: Transport, location: str, flat: torch.Tensor, manifest: Manifest, found: str, started: float
+) -> AdapterTicket:
     return AdapterTicket(
-        manifest=tuple(manifest),
+        manifest=manifest,
         rank=max(shape[0] for name, shape in manifest if ".lora_A." in name),
         dtype=str(flat.dtype).removeprefix("torch."),
         digest=found,

@@ -293,6 +293,15 @@ def test_an_a_without_its_b_is_refused(harness: Harness) -> None:
     refuse(harness, harness.write({name: w for name, w in weights.items() if name != missing}), "A and B", "up_proj")
 
 
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_a_tensor_of_another_size_is_refused(harness: Harness, half: str) -> None:
+    """It would leave a part of the slot as it was."""
+    _, weights = harness.new_version()
+    name = next(name for name in weights if f"layers.1.mlp.down_proj.lora_{half}" in name)
+    weights[name] = weights[name][:, :-1] if half == "A" else weights[name][:-1]
+    refuse(harness, harness.write(weights), "layers.1.mlp.down_proj", "its layer's slots are")
+
+
 @pytest.mark.parametrize("transport", ["memory", "disk"])
 def test_corrupted_bytes_are_refused(harness: Harness, transport: str) -> None:
     _, weights = harness.new_version()
@@ -302,7 +311,7 @@ def test_corrupted_bytes_are_refused(harness: Harness, transport: str) -> None:
         last = file.read(4)
         file.seek(-4, os.SEEK_END)
         file.write(bytes([last[0] ^ 1, *last[1:]]))
-    refuse(harness, ticket, ticket.digest, "engine rank 0")
+    refuse(harness, ticket, ticket.digest, "engine rank 0", "already as they arrived")
 
 
 def test_another_dtype_is_refused(harness: Harness) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlloop.errors import RefitError
 from rlloop.refit.digest import digest
-from rlloop.refit.transports import SHARED_MEMORY, DiskWriter, MemoryWriter, Reader
-from rlloop.types import AdapterTicket
+from rlloop.refit.slots import first_difference
+from rlloop.refit.transports import SHARED_MEMORY, CudaIpcWriter, MemoryWriter, Reader, Writer
+from rlloop.refit.transports import make_writer as make_any_writer
+from rlloop.types import AdapterTicket, Transport
 
-Writer = MemoryWriter | DiskWriter
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -27,8 +29,8 @@ def adapter(rank: int = 4, scale: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(params=["memory", "disk"])
-def transport(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def transport(request: pytest.FixtureRequest) -> Transport:
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -38,8 +40,8 @@ def segment() -> Iterator[str]:
     (SHARED_MEMORY / name).unlink(missing_ok=True)
 
 
-def make_writer(transport: str, dtype: str, segment: str, folder: Path) -> Writer:
-    return MemoryWriter(dtype, segment) if transport == "memory" else DiskWriter(dtype, folder / "refit")
+def make_writer(transport: Transport, dtype: str, segment: str, folder: Path) -> Writer:
+    return make_any_writer(transport, dtype, segment, folder / "refit")
 
 
 def read(ticket: AdapterTicket, reader: Reader | None = None) -> dict[str, torch.Tensor]:
@@ -50,7 +52,7 @@ def read(ticket: AdapterTicket, reader: Reader | None = None) -> dict[str, torch
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_read_is_what_was_written_with_b_scaled(
-    transport: str, dtype: str, segment: str, tmp_path: Path
+    transport: Transport, dtype: str, segment: str, tmp_path: Path
 ) -> None:
     writer = make_writer(transport, dtype, segment, tmp_path)
     tensors = adapter()
@@ -67,18 +69,15 @@ def test_what_is_read_is_what_was_written_with_b_scaled(
     writer.close()
 
 
-def test_the_next_version_leaves_what_was_read_as_it_is(transport: str, segment: str, tmp_path: Path) -> None:
+def test_the_next_version_is_what_is_read_next(transport: Transport, segment: str, tmp_path: Path) -> None:
     writer, reader = make_writer(transport, "float32", segment, tmp_path), Reader(torch.device("cpu"))
-    first = read(writer.write(adapter(), 1.0), reader)
-    kept = {name: tensor.clone() for name, tensor in first.items()}
-    second = read(writer.write(adapter(scale=3.0), 1.0), reader)
-    for name, tensor in adapter(scale=3.0).items():
-        assert torch.equal(first[name], kept[name])
-        assert torch.equal(second[name], tensor)
+    read(writer.write(adapter(), 1.0), reader)
+    found = read(writer.write(adapter(scale=3.0), 1.0), reader)
+    assert all(torch.equal(found[name], tensor) for name, tensor in adapter(scale=3.0).items())
     writer.close()
 
 
-def test_a_larger_adapter_gets_a_larger_segment(transport: str, segment: str, tmp_path: Path) -> None:
+def test_a_larger_adapter_gets_a_larger_segment(transport: Transport, segment: str, tmp_path: Path) -> None:
     writer, reader = make_writer(transport, "float32", segment, tmp_path), Reader(torch.device("cpu"))
     read(writer.write(adapter(2), 1.0), reader)
     for rank in (512, 8):  # the second one leaves the segment larger than it needs
@@ -87,7 +86,7 @@ def test_a_larger_adapter_gets_a_larger_segment(transport: str, segment: str, tm
     writer.close()
 
 
-def test_close_leaves_nothing(transport: str, segment: str, tmp_path: Path) -> None:
+def test_close_leaves_nothing(transport: Transport, segment: str, tmp_path: Path) -> None:
     writer = make_writer(transport, "float32", segment, tmp_path)
     ticket = writer.write(adapter(), 1.0)
     assert Path(ticket.location).exists()
@@ -103,13 +102,13 @@ def test_a_segment_is_readable_by_its_owner_alone(segment: str) -> None:
     writer.close()
 
 
-def test_writers_travel_to_the_rank(transport: str, segment: str, tmp_path: Path) -> None:
+def test_writers_travel_to_the_rank(transport: Transport, segment: str, tmp_path: Path) -> None:
     writer = pickle.loads(pickle.dumps(make_writer(transport, "float32", segment, tmp_path)))
     assert read(writer.write(adapter(), 1.0)).keys() == adapter().keys()
     writer.close()
 
 
-def test_another_process_reads_it(transport: str, segment: str, tmp_path: Path) -> None:
+def test_another_process_reads_it(transport: Transport, segment: str, tmp_path: Path) -> None:
     writer = make_writer(transport, "float32", segment, tmp_path)
     ticket = writer.write(adapter(), 1.0)
     program = (
@@ -132,3 +131,18 @@ def test_a_segment_that_is_gone_is_an_error_that_names_it(segment: str) -> None:
     writer.close()
     with pytest.raises(FileNotFoundError, match=segment):
         read(replace(ticket))
+
+
+def test_the_gpus_memory_wants_a_gpu() -> None:
+    with pytest.raises(RefitError, match=r"--refit.transport cuda_ipc: expected an adapter on a GPU, got one on cpu"):
+        CudaIpcWriter("float32").write(adapter(), 1.0)
+
+
+def test_a_tensor_that_differs_is_named() -> None:
+    manifest = [("a", (2, 3)), ("b", (1, 4)), ("c", (2, 2))]
+    flat = torch.arange(14.0)
+    held = [flat[:6].view(2, 3).clone(), flat[6:10].view(1, 4).clone(), flat[10:].view(2, 2).clone()]
+    assert first_difference(manifest, flat, held) is None
+    held[1][0, 3] += 1
+    held[2][0, 0] += 1
+    assert first_difference(manifest, flat, held) == "b"
