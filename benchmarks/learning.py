@@ -27,8 +27,7 @@ ALGORITHMS = {
     "default": ("grpo",),
     "normalised": ("grpo", "--advantage", "normalised"),
     **{preset: ("grpo", "--preset", preset) for preset in PRESETS},
-    # Four optimizer steps a batch: at the others' 3e-4 it collapses now and then. The critic learns from prompts.
-    "ppo": ("ppo", "--optim.lr", "1e-4", "--groups_per_step", "64", "--group_size", "1"),
+    "ppo": ("ppo", "--optim.lr", "1e-4"),  # four optimizer steps a batch: at the others' 3e-4 it collapses now and then
 }
 COMMON = ("--engine.max_model_len", "256", "--max_staleness", "2", "--checkpoint.every", "1000")
 REASONING_GYM = ("--env", "reasoning_gym", "--sampling.max_tokens", "16")
@@ -93,14 +92,14 @@ def draw(runs: list[Run], path: Path) -> None:
     tasks = [task for task in TASKS if any(run["task"] == task for run in runs)]
     figure, axes = pyplot.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.5), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
-        for color, algorithm in enumerate(ALGORITHMS):
+        for algorithm, color in zip(ALGORITHMS, [*(f"C{number}" for number in range(10)), "black"], strict=True):
             curves = [run["rewards"] for run in runs if (run["task"], run["algorithm"]) == (task, algorithm)]
             if not curves:
                 continue
             rewards = np.array([curve[: min(map(len, curves))] for curve in curves])
             steps = np.arange(1, rewards.shape[1] + 1)
-            axis.plot(steps, rewards.mean(0), color=f"C{color}", label=algorithm, linewidth=1.2)
-            axis.fill_between(steps, rewards.min(0), rewards.max(0), color=f"C{color}", alpha=0.12)
+            axis.plot(steps, rewards.mean(0), color=color, label=algorithm, linewidth=1.2)
+            axis.fill_between(steps, rewards.min(0), rewards.max(0), color=color, alpha=0.12)
         axis.set(title=task, xlabel="step", ylabel="mean reward", ylim=(0, 1.02))
     axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
