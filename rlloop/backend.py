@@ -145,6 +145,7 @@ async def open_backend(
                     dtype=placement.dtype,
                     lora_rank=settings.lora.rank,
                     num_versions=settings.num_versions,
+                    serves_hops=settings.refit.in_flight == "hop",
                     log_path=logs / "engine.log",
                     cores=placement.engine_cores,
                 )

@@ -10,7 +10,7 @@ import tomli_w
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_config import BaseConfig
 
-from rlloop.types import AdamConfig, LoraConfig
+from rlloop.types import AdamConfig, InFlight, LoraConfig
 
 
 class Settings(BaseConfig):
@@ -168,6 +168,9 @@ class RefitSettings(Settings):
 
     transport: Literal["auto", "cuda_ipc", "memory", "disk"] = "auto"
     """The trainer's GPU memory, mapped by the engine (`auto` on GPUs); shared memory (`auto` on CPUs); or a file (fallback)."""
+    in_flight: InFlight = "finish"
+    """What a new version does to rollouts in flight: they finish on their own; restart, so that the new one prefills what they have
+    and goes on; or hop, so that it goes on at once over the old one's keys and values."""
 
 
 class CheckpointSettings(Settings):
@@ -356,7 +359,8 @@ class RunSettings(TrainingSettings):
     def num_versions(self) -> int:
         """Policy versions that the engine must hold at once: all that a group may still use, the one that is evaluated, and the
         one that comes."""
-        return self.staleness_limit + 2 + bool(self.evaluation.every)
+        in_use = self.staleness_limit + 1 if self.refit.in_flight == "finish" else 1
+        return in_use + 1 + bool(self.evaluation.every)
 
     @property
     def num_held_out(self) -> int:

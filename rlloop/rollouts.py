@@ -16,7 +16,7 @@ from rlloop.engine import Engine
 from rlloop.environment import Environment, PromptTooLong
 from rlloop.errors import BadEnvironmentError, RlloopError
 from rlloop.rewards import Scorer, explain
-from rlloop.types import Completion, Failure, GenerationRequest, Group, Prompt, Rollout
+from rlloop.types import Completion, Failure, GenerationRequest, Group, InFlight, Prompt, Rollout
 
 
 class Spans(Protocol):
@@ -41,6 +41,7 @@ class EnginePolicy:
     engine: Engine
     tokenizer: Any
     policy_version: int
+    in_flight: InFlight
     sampling: SamplingSettings
     max_model_len: int
     seed: int
@@ -64,6 +65,7 @@ class EnginePolicy:
             temperature=self.sampling.temperature,
             seed=derive_seed(self.seed, self.member, self.num_turns),
             stop=tuple(stop),
+            in_flight=self.in_flight,
         )
         self.num_turns += 1
         [completion] = await self.engine.generate(request)
@@ -79,9 +81,10 @@ async def sample_group(
     tokenizer: Any,
     policy_version: int,
     settings: RunSettings,
+    in_flight: InFlight = "finish",
     events: Spans | None = None,
 ) -> Group:
-    """Sample and score `settings.group_size` rollouts of the prompt with one policy version.
+    """Sample and score `settings.group_size` rollouts of the prompt with one policy version, or from that on.
 
     A member whose environment or reward raises, or takes too long, becomes one of `Group.failures`. What says nothing
     about the policy is raised: EngineError and every other RlloopError, PromptTooLong among them. Each member samples
@@ -96,6 +99,7 @@ async def sample_group(
             engine=engine,
             tokenizer=tokenizer,
             policy_version=policy_version,
+            in_flight=in_flight,
             sampling=settings.sampling,
             max_model_len=settings.engine.max_model_len,
             seed=prompt.seed,

@@ -40,7 +40,7 @@ from rlloop.signals import stop_on_signals
 from rlloop.staleness import Backlog
 from rlloop.tracking import Trackers, open_trackers
 from rlloop.trainer import Head, Trainer
-from rlloop.types import Group, LoraConfig, Metrics, Prompt
+from rlloop.types import Group, InFlight, LoraConfig, Metrics, Prompt
 
 Update: TypeAlias = Callable[[Trainer, list[Group]], Awaitable[Metrics]]
 """Trains the adapter `POLICY` on the groups of one step; cancelled, it has made all of its optimizer steps or none."""
@@ -120,9 +120,9 @@ class Run:
 
     async def sample(self, prompt: Prompt, version: int) -> Group:
         """See `Stages.sample`."""
-        return await self._sample(self.settings, prompt, version)
+        return await self._sample(self.settings, self.refit.in_flight, prompt, version)
 
-    async def _sample(self, settings: RunSettings, prompt: Prompt, version: int) -> Group:
+    async def _sample(self, settings: RunSettings, in_flight: InFlight, prompt: Prompt, version: int) -> Group:
         return await sample_group(
             prompt,
             environment=self.environment,
@@ -131,6 +131,7 @@ class Run:
             tokenizer=self.tokenizer,
             policy_version=version,
             settings=settings,
+            in_flight=in_flight,
             events=self.events,
         )
 
@@ -162,7 +163,8 @@ class Run:
             Prompt(index, index, derive_seed(settings.seed, index), self.environment.task(index))
             for index in range(first, first + settings.num_held_out)
         ]
-        sample = partial(self._sample, settings.model_copy(update={"group_size": settings.evaluation.group_size}))
+        settings = settings.model_copy(update={"group_size": settings.evaluation.group_size})
+        sample = partial(self._sample, settings, "finish")
         return Evaluation(prompts, sample, self.refit, self.tracker.evaluation)
 
     async def _evaluate(self, version: int) -> None:
@@ -250,7 +252,8 @@ async def open_run(
             backend = await stack.enter_async_context(
                 open_backend(settings, marker, directory.path, placement=placement, events=events, prepare=prepare)
             )
-        refit = Refit(backend.trainer, backend.engine, POLICY, settings.num_versions, events)
+        in_flight = settings.refit.in_flight
+        refit = Refit(backend.trainer, backend.engine, POLICY, settings.num_versions, events, in_flight)
         if is_shared:
             stack.push_async_callback(_leave, backend.trainer, refit, created)
             await prepare(backend.trainer)

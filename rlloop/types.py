@@ -36,17 +36,26 @@ class Prompt:
     """What `Environment.task(index)` gave; picklable."""
 
 
+InFlight: TypeAlias = Literal["finish", "restart", "hop"]
+"""What becomes of a request when a version is published that is newer than the one it began with.
+
+`finish`: nothing. `restart`: it ends; prompt and what it has sampled so far are prefilled by the new version, which goes on.
+`hop`: the new version goes on at once, over the keys and values that the old one left."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What one call asks of an engine."""
 
     tokens: tuple[int, ...]
     policy_version: int
+    """That samples it; unless `in_flight` is `finish`, the engine's newest does, which is at least this."""
     max_tokens: int
     temperature: float = 1.0
     n: int = 1
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    in_flight: InFlight = "finish"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +67,10 @@ class Completion:
     logprobs: FloatArray
     """[T] log-probability of each token under the distribution that it was drawn from (at the sampling temperature)."""
     policy_version: int
+    """The oldest that sampled a token of it."""
     finish_reason: FinishReason
+    token_versions: IntArray | None = None
+    """[T] the version that sampled each token; None where one sampled them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +92,8 @@ class Rollout:
     """What the policy wrote last, decoded without special tokens: what a reward reads."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What the environment wants to see logged, as `env/<name>`."""
+    token_versions: IntArray | None = None
+    """[T] the version that sampled each token, `policy_version` where none did; None where one sampled them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +127,14 @@ class Reward(float):
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The scored rollouts of one prompt, all sampled by one policy version."""
+    """The scored rollouts of one prompt."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     rewards: tuple[float, ...]
     """Of the rollouts, in their order; some may be a `Reward`."""
     policy_version: int
+    """The newest when the group began: no token is older."""
     failures: tuple[Failure, ...] = ()
     staleness: int = 0
     """Versions that the trainer is ahead of `policy_version`, once the group is taken for a step."""

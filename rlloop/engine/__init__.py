@@ -19,14 +19,14 @@ class Engine(Protocol):
         ...
 
     async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
-        """Serve a new version beside the others; requests in flight go on undisturbed.
+        """Serve a new version beside the others; requests in flight go on as their `in_flight` says, `finish` undisturbed.
 
         Raises RefitError unless every rank holds exactly what the ticket says.
         """
         ...
 
     async def retire(self, version: int) -> None:
-        """Free the slot of a version that no request uses any more."""
+        """Free the slot of a version that nobody asks for any more; wait for requests that still use it."""
         ...
 
     def statistics(self) -> EngineStatistics:

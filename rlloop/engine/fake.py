@@ -11,7 +11,8 @@ from rlloop.types import AdapterTicket, Completion, EngineStatistics, Generation
 
 
 class FakeEngine:
-    """See `rlloop.engine.Engine`. Tokens depend on the request's seed alone; `delay(request)` is awaited before they come."""
+    """See `rlloop.engine.Engine`. Tokens depend on the request's seed alone; `delay(request)` is awaited before they come, and
+    where a request does not finish on its own version, the newest after that sampled the second half."""
 
     def __init__(
         self,
@@ -30,7 +31,9 @@ class FakeEngine:
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         """See `Engine.generate`."""
-        if request.policy_version not in self.versions:
+        pinned = request.in_flight == "finish"
+        version = request.policy_version if pinned else max(self.versions)
+        if version not in self.versions:
             raise EngineError(
                 f"policy version {request.policy_version} is not loaded; the engine serves {self.versions}"
             )
@@ -41,12 +44,16 @@ class FakeEngine:
         finally:
             self.num_in_flight -= 1
         self.num_generated_tokens += self._num_tokens * request.n
-        return [self._completion(request, member) for member in range(request.n)]
+        newest = version if pinned else max(self.versions)
+        return [self._completion(request, member, version, newest) for member in range(request.n)]
 
-    def _completion(self, request: GenerationRequest, member: int) -> Completion:
+    def _completion(self, request: GenerationRequest, member: int, oldest: int, newest: int) -> Completion:
         first = (request.seed or 0) + member
         tokens = (np.arange(first, first + self._num_tokens) % self._vocabulary).astype(np.int32)
-        return Completion(tokens, self._logprobs, request.policy_version, "length")
+        if oldest == newest:
+            return Completion(tokens, self._logprobs, oldest, "length")
+        half = np.arange(self._num_tokens) < self._num_tokens // 2
+        return Completion(tokens, self._logprobs, oldest, "length", np.where(half, oldest, newest).astype(np.int32))
 
     async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
         """See `Engine.publish`."""

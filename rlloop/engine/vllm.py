@@ -8,8 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass
-from itertools import count
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 
 from rlloop.config import EngineSettings
 from rlloop.engine import vllm_compat
+from rlloop.engine.flights import HOPPING, HOPPING_ID, Flights, Swap, continued, joined
 from rlloop.errors import EngineError, RefitError
 from rlloop.processes import blocked_signals
 from rlloop.types import AdapterTicket, Completion, EngineStatistics, GenerationRequest, RefitReport
@@ -39,13 +39,17 @@ class _Version:
 class VllmEngine:
     """See `rlloop.engine.Engine`. Make one with `start_vllm`; asyncio only, as vLLM is."""
 
-    def __init__(self, llm: Any, load: vllm_compat.Load, max_model_len: int, log_path: Path) -> None:
+    def __init__(
+        self, llm: Any, load: vllm_compat.Load, max_model_len: int, log_path: Path, *, serves_hops: bool = False
+    ) -> None:
         self._llm = llm
         self._load = load
         self._max_model_len = max_model_len
         self._last_words = f"the vLLM engine process died; its last words are in {log_path}"
-        self._request_ids = count()
+        self._serves_hops = serves_hops
+        self._flights = Flights()
         self._versions: dict[int, _Version] = {}
+        self._newest = -1
         self._num_published = 0
         self._first_token_seconds: dict[int, float] = {}
         self._num_in_flight = 0
@@ -54,11 +58,24 @@ class VllmEngine:
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         """See `Engine.generate`."""
+        self._check(request)
+        if request.stop and request.in_flight == "restart":
+            # A stop string may lie across the cut, where nobody would look for it.
+            request = replace(request, in_flight="finish", policy_version=self._newest)
+        found, cut_off = await self._sample(request)
+        parts = found
+        while cut_off:
+            request = continued(request, parts[-1])
+            found, cut_off = await self._sample(request)
+            parts += found
+        return [joined(parts)] if request.in_flight == "restart" else found
+
+    async def _sample(self, request: GenerationRequest) -> tuple[list[Completion], bool]:
+        """What vLLM makes of one request, and whether a restart cut it off."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        self._check(request)
         params = SamplingParams(
             n=request.n,
             max_tokens=request.max_tokens,
@@ -71,35 +88,49 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = TokensPrompt(prompt_token_ids=list(request.tokens))
+        version = request.policy_version if request.in_flight == "finish" else self._newest
+        hops = request.in_flight == "hop"
+        if hops:  # its adapter's name outlives the version, so that this keeps the prefix cache apart
+            prompt["cache_salt"] = self._versions[version].name
+        lora = _lora_request(HOPPING, HOPPING_ID) if hops else _lora_request(self._versions[version].name, version + 1)
         final = None
-        with self._counted(), self._death_is_an_engine_error():
-            lora = self._lora_request(request.policy_version)
-            async for output in self._llm.generate(prompt, params, str(next(self._request_ids)), lora_request=lora):
+        with (
+            self._counted(),
+            self._death_is_an_engine_error(),
+            self._flights.start(version, request.in_flight) as flight,
+        ):
+            async for output in self._llm.generate(prompt, params, flight.request_id, lora_request=lora):
                 final = output
         if final is None:
             raise EngineError("vLLM ended a request without an output")
-        self._note_first_token(request.policy_version, final)
+        self._note_first_token(version, final)
+        cut_off = any(output.finish_reason == "abort" for output in final.outputs)
+        if cut_off and request.in_flight != "restart":
+            raise EngineError("vLLM aborted a request that nobody wanted to end")
         return [
             Completion(
                 tokens=np.asarray(output.token_ids, dtype=np.int32),
-                logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),
-                policy_version=request.policy_version,
+                logprobs=np.asarray(output.logprobs.logprobs if output.logprobs else (), dtype=np.float32),
+                policy_version=version,
                 finish_reason="stop" if output.finish_reason == "stop" else "length",
+                token_versions=flight.token_versions(len(output.token_ids), final.metrics.last_token_ts),
             )
             for output in final.outputs
-        ]
+        ], cut_off
 
     async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
         """See `Engine.publish`."""
         started = time.monotonic()
         try:
-            ranks = await self._call_workers("refit_load", version, asdict(ticket))
+            ranks = await self._call_workers("refit_load", version, asdict(ticket), self._serves_hops)
         except EngineError:
             raise
         except Exception as error:  # vLLM hands on what a worker raises as a plain Exception with its text
+            if version not in self._versions:  # other ranks may have taken it
+                await self._call_workers("refit_drop", version)
             raise RefitError(f"the engine refused policy version {version}: {error}") from error
         for rank, held in enumerate(ranks):
-            if held["digest"] != ticket.digest:
+            if held["digest"] != ticket.digest or held["different"]:
                 await self._call_workers("refit_drop", version)
                 where = f"first in {held['different']}" if held["different"] else "already as they arrived"
                 raise RefitError(
@@ -109,6 +140,11 @@ class VllmEngine:
                 )
         self._num_published += 1
         self._versions[version] = _Version(f"policy-v{version}-{self._num_published}", time.monotonic())
+        self._newest = version
+        if self._serves_hops:
+            self._flights.swap(Swap(version, ranks[0]["swapped_at"], ranks[0]["num_sampled"]))
+        if to_restart := self._flights.to_restart(version):
+            await self._llm.abort(to_restart)
         return RefitReport(
             policy_version=version,
             num_bytes=ticket.num_bytes,
@@ -123,6 +159,7 @@ class VllmEngine:
         """See `Engine.retire`."""
         self._first_token_seconds.pop(version, None)
         del self._versions[version]  # first: from here on `generate` refuses it
+        await self._flights.leave(version)
         await self._call_workers("refit_drop", version)
 
     def statistics(self) -> EngineStatistics:
@@ -142,18 +179,19 @@ class VllmEngine:
         """See `Engine.reset_longest_gap`."""
         self._load.longest_gap_seconds = 0.0
 
-    def _lora_request(self, version: int) -> Any:
-        from vllm.lora.request import LoRARequest
-
-        return LoRARequest(self._versions[version].name, lora_int_id=version + 1, lora_path="in-memory")  # never read
-
     def _check(self, request: GenerationRequest) -> None:
-        if (
-            request.policy_version not in self._versions
-        ):  # vLLM's engine process dies of an adapter that it does not have
+        pinned = request.in_flight == "finish"
+        if pinned and request.policy_version not in self._versions:  # vLLM's engine process dies of it
             raise EngineError(
                 f"policy version {request.policy_version} is not loaded; the engine serves {sorted(self._versions)}"
             )
+        if not pinned and (request.n > 1 or request.policy_version > self._newest):
+            raise EngineError(
+                f"a request that may {request.in_flight} asks for one completion of a version up to the newest, "
+                f"{self._newest}; got n {request.n}, policy version {request.policy_version}"
+            )
+        if request.in_flight == "hop" and not self._serves_hops:
+            raise EngineError("this engine was not started to let requests hop: use --refit.in-flight hop")
         if len(request.tokens) + request.max_tokens > self._max_model_len:
             raise EngineError(
                 f"{len(request.tokens)} prompt tokens and max_tokens {request.max_tokens} exceed --engine.max-model-len "
@@ -206,6 +244,12 @@ class VllmEngine:
             raise
 
 
+def _lora_request(name: str, adapter_id: int) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, lora_int_id=adapter_id, lora_path="in-memory")  # never read
+
+
 @asynccontextmanager
 async def start_vllm(
     model: str,
@@ -216,12 +260,15 @@ async def start_vllm(
     num_versions: int,
     log_path: Path,
     cores: frozenset[int] | None,
+    serves_hops: bool = False,
 ) -> AsyncIterator[VllmEngine]:
     """Run vLLM while the block runs.
 
     `num_versions`: policy versions that it can hold at once. `cores`: where it computes on a CPU; None means a GPU.
+    `serves_hops`: requests may have `in_flight` "hop", which takes one more slot.
     """
     load = vllm_compat.Load()
+    num_slots = num_versions + serves_hops
     abandoned = Event()
 
     def create() -> Any:
@@ -236,8 +283,8 @@ async def start_vllm(
                 max_model_len=settings.max_model_len,
                 max_num_seqs=settings.max_num_seqs,
                 enable_lora=True,
-                max_loras=num_versions,
-                max_cpu_loras=num_versions,  # fewer, and vLLM's caches evict one in use
+                max_loras=num_slots,
+                max_cpu_loras=num_slots,  # fewer, and vLLM's caches evict one in use
                 max_lora_rank=next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= lora_rank),
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
                 worker_extension_cls=WORKER_EXTENSION,
@@ -258,7 +305,7 @@ async def start_vllm(
         abandoned.set()  # the thread cannot be stopped
         raise
     try:
-        yield VllmEngine(llm, load, settings.max_model_len, log_path)
+        yield VllmEngine(llm, load, settings.max_model_len, log_path, serves_hops=serves_hops)
     finally:
         llm.shutdown()
         llm.shutdown = lambda *_: None  # its __del__ would call it again, when the interpreter has taken vLLM apart

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 def rename_mapper(model: Any) -> Any:
     """vLLM's renames of Hugging Face names, without its stacking of q, k, v into one key.
@@ -33,6 +35,21 @@ def occupy_slot(manager: Any, slot: int, adapter_id: int) -> None:
     manager._active_adapters[adapter_id] = None
     manager.lora_index_to_id[slot] = adapter_id
     manager.pin_adapter(adapter_id)
+
+
+def num_sampled_tokens(model_runner: Any) -> dict[str, int]:
+    """How many tokens each request has that the worker knows, by the id that `generate` was given, between two forward passes.
+
+    There are two model runners; 0.26 has the newer one for dense models on GPUs, CPUs have the older one. vLLM appends a
+    random suffix to ids.
+    """
+    if hasattr(model_runner, "req_states"):
+        states = model_runner.req_states
+        lengths = (states.total_len.gpu.cpu() - torch.from_numpy(states.prompt_len.np)).tolist()
+        found = {request: lengths[index] for request, index in states.req_id_to_index.items()}
+    else:
+        found = {request: len(state.output_token_ids) for request, state in model_runner.requests.items()}
+    return {request.rpartition("-")[0]: number for request, number in found.items()}
 
 
 def sentinels(llm: Any) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from time import monotonic
 
@@ -13,18 +13,28 @@ from anyio import CancelScope, Event
 from rlloop.engine import Engine
 from rlloop.events import Events
 from rlloop.trainer import Trainer
-from rlloop.types import RefitReport
+from rlloop.types import InFlight, RefitReport
 
 
 class Refit:
     """Which versions of one adapter the engine serves, at most `num_versions` at once."""
 
-    def __init__(self, trainer: Trainer, engine: Engine, adapter: str, num_versions: int, events: Events) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        engine: Engine,
+        adapter: str,
+        num_versions: int,
+        events: Events,
+        in_flight: InFlight = "finish",
+    ) -> None:
         self._trainer = trainer
         self._engine = engine
         self._adapter = adapter
         self._num_versions = num_versions
         self._events = events
+        self.in_flight: InFlight = in_flight
+        """Of those who take a `lease`."""
         self._leases: Counter[int] = Counter()
         self._served: set[int] = set()
         self._lease_ended = Event()
@@ -33,6 +43,12 @@ class Refit:
 
     @contextmanager
     def lease(self) -> Iterator[int]:
+        """The newest version, to begin with; it stays loaded until the block ends unless requests move on to the next."""
+        with self.pin() if self.in_flight == "finish" else nullcontext(self.latest) as version:
+            yield version
+
+    @contextmanager
+    def pin(self) -> Iterator[int]:
         """The newest version, which stays loaded until the block ends."""
         version = self.latest
         self._leases[version] += 1

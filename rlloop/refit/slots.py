@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rlloop.engine import vllm_compat
+from rlloop.engine.flights import HOPPING_ID
 
 Manifest = Sequence[tuple[str, Sequence[int]]]
 """PEFT's name and the shape of each tensor, as an AdapterTicket has it."""
@@ -30,40 +31,55 @@ class Slots:
             for name, layer in manager.modules.items()
             for index, part in enumerate(manager.packed_modules.get(name, [name]))
         }
-        self._manifest: Manifest = []
+        self.are_sharded = any(layer.tp_size > 1 for layer, _ in self._layers.values())
+        """Each of several tensor-parallel ranks holds a part of every A or B."""
+        self.manifest: Manifest = []
+        """Of the adapters that have the present arrangement."""
         self._places: list[Place] = []
         self._views: dict[int, list[torch.Tensor]] = {}
         """By slot, in the manifest's order; only for slots that hold zeros elsewhere."""
 
     def arrange(self, manifest: Manifest) -> None:
         """Get to know an adapter's tensors."""
-        if manifest != self._manifest:
+        if manifest != self.manifest:
             self._places = self._find_places([name for name, _ in manifest])
-            self._manifest = manifest
+            self.manifest = manifest
             self._views.clear()
 
     def check_free(self, adapter_id: int) -> None:
         """`adapter_id` is not loaded, and there is a slot for it."""
-        held = sorted(each - 1 for each in self._manager.list_adapters())
-        if adapter_id - 1 in held:
+        held = self._manager.list_adapters()
+        if adapter_id in held:
             raise ValueError(f"policy version {adapter_id - 1} is loaded already; a version is immutable")
         if len(held) >= self._manager.lora_slots:
-            raise ValueError(
-                f"all {self._manager.lora_slots} adapter slots hold policy versions {held}; retire one first"
-            )
+            versions = sorted(each - 1 for each in held if each != HOPPING_ID)
+            raise ValueError(f"all {len(versions)} adapter slots hold policy versions {versions}; retire one first")
 
-    def fill(self, adapter_id: int, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Copy it into a free slot; -> what that holds now, tensors in the manifest's order."""
-        slot = self._manager.lora_index_to_id.index(None)
+    def own_parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """What of each tensor belongs into this rank's slots: views of `flat`, in the manifest's order."""
+        sizes = [rows * columns for _, (rows, columns) in self.manifest]
+        whole = [piece.view(*shape) for piece, (_, shape) in zip(flat.split(sizes), self.manifest, strict=True)]
+        if not self.are_sharded:
+            return whole
+        return [
+            _shard(place, name, each)
+            for place, (name, _), each in zip(self._places, self.manifest, whole, strict=True)
+        ]
+
+    def fill(self, adapter_id: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copy them into the adapter's slot, or a free one; -> what that holds now, tensors in the manifest's order."""
+        slots = self._manager.lora_index_to_id
+        slot = slots.index(adapter_id if adapter_id in slots else None)
         if slot not in self._views:
             for layer in self._manager.modules.values():
                 layer.reset_lora(slot)
             self._views[slot] = [
-                _view(place, slot, name, shape)
-                for place, (name, shape) in zip(self._places, self._manifest, strict=True)
+                _view(place, slot, name, part)
+                for place, (name, _), part in zip(self._places, self.manifest, parts, strict=True)
             ]
-        torch._foreach_copy_(self._views[slot], _pieces(flat, self._manifest))
-        vllm_compat.occupy_slot(self._manager, slot, adapter_id)
+        torch._foreach_copy_(self._views[slot], list(parts))
+        if slots[slot] is None:
+            vllm_compat.occupy_slot(self._manager, slot, adapter_id)
         return self._views[slot]
 
     def _find_places(self, names: list[str]) -> list[Place]:
@@ -78,23 +94,31 @@ class Slots:
         return [(*self._layers[module], is_a) for module, is_a in found]
 
 
-def first_difference(manifest: Manifest, flat: torch.Tensor, held: Sequence[torch.Tensor]) -> str | None:
+def first_difference(manifest: Manifest, sent: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> str | None:
     """The name of a tensor that a slot does not hold as it was sent."""
-    pairs = zip(manifest, _pieces(flat, manifest), held, strict=True)
-    return next((name for (name, _), sent, other in pairs if not sent.equal(other)), None)
+    if torch.equal(*(torch.cat([each.reshape(-1) for each in side]) for side in (sent, held))):
+        return None
+    return next(name for (name, _), one, other in zip(manifest, sent, held, strict=True) if not one.equal(other))
 
 
-def _pieces(flat: torch.Tensor, manifest: Manifest) -> list[torch.Tensor]:
-    sizes = [rows * columns for _, (rows, columns) in manifest]
-    return [piece.view(*shape) for piece, (_, shape) in zip(flat.split(sizes), manifest, strict=True)]
+def _shard(place: Place, name: str, whole: torch.Tensor) -> torch.Tensor:
+    layer, index, is_a = place
+    shard = layer.slice_lora_a if is_a else layer.slice_lora_b
+    slices: list[torch.Tensor | None] = [None] * layer.n_slices
+    slices[index] = whole
+    own: torch.Tensor = shard(whole) if layer.n_slices == 1 else shard(slices)[index]
+    for size, part in zip(whole.shape, own.shape, strict=True):
+        if not part or size % part or size // part > layer.tp_size:  # vLLM would cut off what is too much
+            raise ValueError(f"{name} is {list(whole.shape)}, of which {list(own.shape)} is not a tensor-parallel part")
+    return own
 
 
-def _view(place: Place, slot: int, name: str, shape: Sequence[int]) -> torch.Tensor:
+def _view(place: Place, slot: int, name: str, part: torch.Tensor) -> torch.Tensor:
     layer, index, is_a = place
     stacked = (layer.lora_a_stacked if is_a else layer.lora_b_stacked)[index][slot, 0]
-    rank, size = shape if is_a else reversed(shape)
+    rank, size = part.shape if is_a else reversed(part.shape)
     room, expected = stacked.shape if is_a else reversed(stacked.shape)
     if rank > room or size != expected:
-        raise ValueError(f"{name} is {list(shape)}, but its layer's slots are {list(stacked.shape)}")
-    view: torch.Tensor = stacked[: shape[0], : shape[1]]
+        raise ValueError(f"{name} is {list(part.shape)}, but its layer's slots are {list(stacked.shape)}")
+    view: torch.Tensor = stacked[: part.shape[0], : part.shape[1]]
     return view

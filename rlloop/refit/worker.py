@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from rlloop.engine import cpu_lora
+from rlloop.engine import cpu_lora, vllm_compat
+from rlloop.engine.flights import HOPPING_ID
 from rlloop.refit.digest import digest
 from rlloop.refit.slots import Slots, first_difference
 from rlloop.refit.transports import Reader
@@ -24,11 +25,18 @@ class LoraRefit:
 
     model_runner: Any
 
-    def refit_load(self, version: int, ticket: dict[str, Any]) -> dict[str, Any]:
-        """Load a version into a free slot. Raises ValueError, with the slots as they were, on anything vLLM would ignore."""
+    def refit_load(self, version: int, ticket: dict[str, Any], serves_hops: bool) -> dict[str, Any]:
+        """Load a version into a free slot, and into that of the requests that hop.
+
+        Raises ValueError, with the slots as they were, on anything vLLM would ignore.
+        """
         if "_refit" not in self.__dict__:
             self._refit = _Refit(self.model_runner.lora_manager)
-        return self._refit.load(version, ticket)
+        report = self._refit.load(version, ticket)
+        if serves_hops and not report["different"] and report["digest"] == ticket["digest"]:
+            report |= self._refit.swap()
+            report["num_sampled"] = vllm_compat.num_sampled_tokens(self.model_runner)
+        return report
 
     def refit_drop(self, version: int) -> bool:
         """Free a version's slot."""
@@ -47,6 +55,7 @@ class _Refit:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._staged = torch.empty(0, dtype=self._dtype, device=self._device)
         self._contents = torch.empty(0, dtype=self._dtype, device=self._device)
+        self._parts: list[torch.Tensor] = []
         if self._device.type == "cpu":
             cpu_lora.install()
 
@@ -55,23 +64,36 @@ class _Refit:
         if f"torch.{ticket['dtype']}" != str(self._dtype):
             raise ValueError(f"the adapter came as {ticket['dtype']}, this engine's slots are {self._dtype}")
         self._slots.check_free(version + 1)
-        self._slots.arrange(ticket["manifest"])
+        manifest = ticket["manifest"]
+        self._slots.arrange(manifest)
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             started = time.monotonic()
             flat = self._on_device(self._reader.read(ticket))
             transferred = self._now()
-            held = self._slots.fill(version + 1, flat)
+            self._parts = self._slots.own_parts(flat)
+            held = self._slots.fill(version + 1, self._parts)
             loaded = self._now()
-            if self._contents.numel() != flat.numel():
-                self._contents = torch.empty_like(flat)
-            found = digest(torch.cat([each.reshape(-1) for each in held], out=self._contents), ticket["manifest"])
+            if self._slots.are_sharded:
+                # The slots hold a part of what was sent: that all of it came, and that they hold their part of that.
+                found, different = digest(flat, manifest), first_difference(manifest, self._parts, held)
+            else:
+                if self._contents.numel() != flat.numel():
+                    self._contents = torch.empty_like(flat)
+                found = digest(torch.cat([each.reshape(-1) for each in held], out=self._contents), manifest)
+                different = None if found == ticket["digest"] else first_difference(manifest, self._parts, held)
             return {
                 "digest": found,
-                "different": None if found == ticket["digest"] else first_difference(ticket["manifest"], flat, held),
+                "different": different,
                 "transfer_seconds": transferred - started,
                 "load_seconds": loaded - transferred,
                 "verify_seconds": time.monotonic() - loaded,
             }
+
+    def swap(self) -> dict[str, Any]:
+        """Give requests that hop what was loaded last. Forward passes that run still read the slot: on their stream, after them."""
+        swapped_at = time.monotonic()
+        held = self._slots.fill(HOPPING_ID, self._parts)
+        return {"swapped_at": swapped_at, "different": first_difference(self._slots.manifest, self._parts, held)}
 
     def _on_device(self, flat: torch.Tensor) -> torch.Tensor:
         """In one copy, where it would be one for each tensor."""

@@ -123,19 +123,22 @@ def start(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         output = folder / f"output-{len(started)}.txt"
         settings = {
             "model": model,
-            "env": "toy:Toy",
-            "env_args": f'{{"note": "{run_dir}.note.jsonl"}}',
             "run_dir": run_dir,
-            "groups_per_step": 2,
-            "group_size": 4,
-            "max_staleness": 1,
-            "engine.max_model_len": 128,
-            "engine.max_num_seqs": 32,
-            "sampling.max_tokens": 8,
             "optim.lr": 1e-2,
             "checkpoint.every": 1,
             "checkpoint.keep": 99,
         }
+        if algorithm != "sft":
+            settings |= {
+                "env": "toy:Toy",
+                "env_args": f'{{"note": "{run_dir}.note.jsonl"}}',
+                "groups_per_step": 2,
+                "group_size": 4,
+                "max_staleness": 1,
+                "engine.max_model_len": 128,
+                "engine.max_num_seqs": 32,
+                "sampling.max_tokens": 8,
+            }
         command = [sys.executable, "-m", "rlloop.cli", algorithm]
         given = {flag.removeprefix("--").replace("-", "_") for flag in flags[::2]}
         for name, value in settings.items():
