@@ -32,7 +32,8 @@ from pydantic import Field, model_validator
 from rlloop.advantages import raw_rewards, token_weights
 from rlloop.backend import Backend
 from rlloop.cli import entry_point
-from rlloop.config import LoraSettings, OptimSettings, PolicySettings, Settings
+from rlloop.config import LoraSettings, OptimSettings, Settings
+from rlloop.policy_settings import PolicySettings
 from rlloop.run import POLICY, open_run
 from rlloop.samples import (
     critic_metrics,

@@ -19,14 +19,15 @@ from anyio import create_task_group, to_thread
 
 from rlloop.config import RunSettings, TrainingSettings
 from rlloop.engine import Engine
+from rlloop.engine.replicas import Replicas
 from rlloop.errors import ConfigError
 from rlloop.events import Events
 from rlloop.models import resolve_model
-from rlloop.placement import Placement, place
+from rlloop.placement import Placement, place, visible_gpus
 from rlloop.processes import shared_memory_prefix
 from rlloop.trainer import Trainer
 
-_SHARED = ("model", "dtype", "engine", "trainer", "refit")
+_SHARED = ("model", "dtype", "engine", "placement", "trainer", "refit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ async def open_trainer(
         temperature=temperature,
         writer=writer,
         cores=placement.trainer_cores,
+        visible_gpus=",".join(visible_gpus()[gpu] for gpu in placement.trainer_gpus) or None,
         log_path=folder / "logs" / "trainer.log",
         events=events,
     )
@@ -115,7 +117,8 @@ async def open_backend(
     """
     from rlloop.engine.vllm import start_vllm
 
-    placement = placement or place(settings)
+    if placement is None:
+        placement = await to_thread.run_sync(place, settings)
     model = str(await to_thread.run_sync(resolve_model, settings.model))
     tokenizer = await to_thread.run_sync(load_tokenizer, model)
     logs = folder / "logs"
@@ -138,19 +141,24 @@ async def open_backend(
         )
         async with create_task_group() as tasks:
             tasks.start_soon(prepare, trainer)
-            engine = await stack.enter_async_context(
-                start_vllm(
-                    model,
-                    settings.engine,
-                    dtype=placement.dtype,
-                    lora_rank=settings.lora.rank,
-                    num_versions=settings.num_versions,
-                    serves_hops=settings.refit.in_flight == "hop",
-                    log_path=logs / "engine.log",
-                    cores=placement.engine_cores,
+            engines = [
+                await stack.enter_async_context(
+                    start_vllm(
+                        model,
+                        settings.engine,
+                        dtype=placement.dtype,
+                        lora_rank=settings.lora.rank,
+                        num_versions=settings.num_versions,
+                        serves_hops=settings.refit.in_flight == "hop",
+                        log_path=logs / (f"engine-{replica}.log" if placement.replicas > 1 else "engine.log"),
+                        cores=placement.cores_of(replica),
+                        gpus=placement.gpus_of(replica),
+                        tensor_parallel=placement.tensor_parallel,
+                    )
                 )
-            )
-        yield Backend(settings, engine, trainer, tokenizer)
+                for replica in range(placement.replicas)
+            ]
+        yield Backend(settings, engines[0] if len(engines) == 1 else Replicas(engines), trainer, tokenizer)
 
 
 def load_tokenizer(model: str) -> Any:

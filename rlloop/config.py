@@ -47,6 +47,24 @@ class EngineSettings(Settings):
     max_staleness is 0."""
 
 
+class PlacementSettings(Settings):
+    """Which GPUs engines and trainer compute on, counted among those that the process sees. The trainer has one, or one a rank of
+    trainer.megatron. On a CPU see engine.cpu_cores and trainer.cpu_cores."""
+
+    replicas: int | None = Field(None, ge=1)
+    """Engines, each with the whole model; default: as many as the GPUs that the trainer leaves have room for, 1 on a CPU."""
+    tensor_parallel: int | None = Field(None, ge=1)
+    """GPUs (on a CPU, processes) that share one engine's layers; default: the fewest with which the weights take at most half of
+    engine.gpu_memory_utilization, 1 on a CPU."""
+    colocate: bool = False
+    """Engines and trainer may share GPUs, and there is an engine on every one unless told otherwise; give vLLM less, as by
+    --engine.gpu_memory_utilization 0.4. On a single GPU they always share."""
+    engine_gpus: str = "auto"
+    """The engines' GPUs (`0`, `0-3,6`), replicas x tensor_parallel of them."""
+    trainer_gpus: str = "auto"
+    """The trainer's GPUs, one a rank."""
+
+
 def _from_commas(value: Any) -> Any:
     """Flags bring arrays as one string."""
     return value.split(",") if isinstance(value, str) else value
@@ -85,27 +103,6 @@ class OptimSettings(Settings):
     def adam(self) -> AdamConfig:
         """As the trainer takes it."""
         return AdamConfig(self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay, self.max_grad_norm)
-
-
-class CorrectionSettings(Settings):
-    """What a token counts that another policy version sampled, or an engine that computes a little differently."""
-
-    level: Literal["token", "sequence", "geometric"] = "token"
-    """Importance weight of each token, of its whole sample, or the sample's geometric mean."""
-    bound: Literal["truncate", "mask", "none"] = "truncate"
-    """Truncate the weight at `cap`, drop tokens whose weight lies outside floor to cap, or do not correct."""
-    floor: float = Field(0.0, ge=0)
-    """Lowest weight that `mask` keeps."""
-    cap: float = Field(2.0, gt=0)
-    """Greatest weight."""
-
-    @model_validator(mode="after")
-    def _check(self) -> CorrectionSettings:
-        if self.floor >= self.cap:
-            raise ValueError(f"floor {self.floor} is not below cap {self.cap}")
-        if self.floor and self.bound != "mask":
-            raise ValueError(f"floor is for bound mask only, got bound {self.bound}")
-        return self
 
 
 class MegatronSettings(Settings):
@@ -312,6 +309,7 @@ class RunSettings(TrainingSettings):
     """With on_stale=correct, groups older than this are dropped; default 4 * max_staleness."""
     sampling: SamplingSettings = SamplingSettings()
     engine: EngineSettings = EngineSettings()
+    placement: PlacementSettings = PlacementSettings()
     refit: RefitSettings = RefitSettings()
     environment: EnvironmentSettings = EnvironmentSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -366,38 +364,6 @@ class RunSettings(TrainingSettings):
     def num_held_out(self) -> int:
         """The environment's last tasks."""
         return self.evaluation.num_prompts if self.evaluation.every else 0
-
-
-class PolicySettings(RunSettings):
-    """What `rlloop.losses.policy_loss` is bound with, beside the surrogate."""
-
-    clip_low: float = Field(0.2, gt=0)
-    """The ratio is clipped below 1 - clip_low (with --loss geometric_clipped, exp(-clip_low))."""
-    clip_high: float = Field(0.2, gt=0)
-    """The ratio is clipped above 1 + clip_high (with --loss geometric_clipped, exp(clip_high))."""
-    proximal: Literal["trainer", "rollout", "interpolated"] = "trainer"
-    """The policy that the clipped ratio is to: the trainer's before the update, beside the correction; the one that sampled,
-    which needs none; or one between them by age, in place of a forward pass for the trainer's."""
-    correction: CorrectionSettings = CorrectionSettings()
-    """Importance weights for stale samples and for the engine's arithmetic."""
-    kl_coef: float = Field(0.0, ge=0)
-    """Weight of the KL divergence to the base model."""
-    kl_target: float | None = Field(None, gt=0)
-    """Adapt that weight after every step, so that the divergence comes to this, in nats a token."""
-    kl_in: Literal["loss", "reward"] = "loss"
-    """Whether that is added to the loss of each token, or taken off the reward of each rollout."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """How it is estimated at each token, in the loss; in the reward it is k1."""
-
-    @model_validator(mode="after")
-    def _check_policy(self) -> PolicySettings:
-        if self.kl_target is not None and not self.kl_coef:
-            raise ValueError("--kl-target: needs a --kl-coef above 0 to begin with")
-        if self.proximal == "rollout" and self.correction != CorrectionSettings():
-            raise ValueError(
-                "--correction: not used with --proximal rollout, whose ratio is to the policy that sampled"
-            )
-        return self
 
 
 SettingsT = TypeVar("SettingsT", bound=TrainingSettings)

@@ -64,6 +64,30 @@ def check_adapter(folder: Path, lora: LoraSettings) -> None:
             )
 
 
+def weight_bytes(folder: Path, dtype: str) -> int:
+    """Of a model's weights in memory, as `dtype`: from the sizes of its safetensors files and the type that config.json names."""
+    size = {"float32": 4}  # else 2, be it bfloat16 or float16
+    config = json.loads((folder / "config.json").read_text())
+    saved = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return num_bytes * size.get(dtype, 2) // size.get(saved, 2)
+
+
+def cannot_be_shared(folder: Path, num_parts: int) -> str | None:
+    """What of a model's layers so many GPUs of one engine cannot share, such as `9 attention heads`; None where they can.
+
+    Key-value heads may be fewer, if they divide `num_parts`: each GPU then has a copy of one.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    heads, features = config.get("num_attention_heads", 0), config.get("intermediate_size", 0)
+    key_value_heads = config.get("num_key_value_heads") or heads
+    if heads % num_parts:
+        return f"{heads} attention heads"
+    if key_value_heads % num_parts and num_parts % max(1, key_value_heads):
+        return f"{key_value_heads} key-value heads"
+    return f"{features} intermediate features" if features % num_parts else None
+
+
 def cache_folder() -> Path:
     """Where converted models are kept."""
     if own := os.environ.get("RLLOOP_CACHE"):

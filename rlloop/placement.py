@@ -1,48 +1,100 @@
-"""Where engine and trainer compute, and in which number format."""
+"""Where engines and trainer compute, and in which number format."""
 
 from __future__ import annotations
 
 import os
 import re
+import subprocess
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from rlloop.config import RunSettings, TrainingSettings
 from rlloop.errors import ConfigError
+from rlloop.models import cannot_be_shared, resolve_model, weight_bytes
 
-_CORE_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+Dtype: TypeAlias = Literal["bfloat16", "float32"]
+
+_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`None` for cores means a GPU, and no cores that there is no engine."""
+    """`None` for cores means GPUs, and no cores that there is no engine."""
 
-    dtype: Literal["bfloat16", "float32"]
+    dtype: Dtype
     engine_cores: frozenset[int] | None
     trainer_cores: frozenset[int] | None
+    replicas: int = 1
+    """Engines."""
+    tensor_parallel: int = 1
+    """GPUs, or processes on a CPU, of each engine."""
+    engine_gpus: tuple[int, ...] = ()
+    """One engine's after the other's; like the trainer's, they count those that this process sees."""
+    trainer_gpus: tuple[int, ...] = ()
+    """One for each rank."""
+    reason: str = ""
+    """Why so, where it was not told."""
 
     def __str__(self) -> str:
-        if self.engine_cores is None or self.trainer_cores is None:
+        engines = f"{self.replicas} engines" if self.replicas > 1 else "1 engine"
+        if self.tensor_parallel > 1:
+            engines += f" of {self.tensor_parallel} ranks" + (" each" if self.replicas > 1 else "")
+        if self.engine_cores is not None and self.trainer_cores is not None:
+            cores = [str(sorted(own)) for own in (self.engine_cores, self.trainer_cores) if own]
+            is_plain = self.replicas == self.tensor_parallel == 1
+            return f"in {self.dtype} on cores {' and '.join(cores)}" + ("" if is_plain else f", {engines}")
+        if len({*self.engine_gpus, *self.trainer_gpus}) <= 1:
             return f"in {self.dtype} on a GPU"
-        cores = [str(sorted(own)) for own in (self.engine_cores, self.trainer_cores) if own]
-        return f"in {self.dtype} on cores {' and '.join(cores)}"
+        if not self.engine_gpus:
+            return f"in {self.dtype} on {_gpus(self.trainer_gpus)}"
+        where = f"{engines} on {_gpus(self.engine_gpus)}, the trainer on {_gpus(self.trainer_gpus)}"
+        return f"in {self.dtype}, {where}" + (f" ({self.reason})" if self.reason else "")
+
+    def gpus_of(self, replica: int) -> tuple[int, ...]:
+        """One engine's."""
+        return self.engine_gpus[replica * self.tensor_parallel :][: self.tensor_parallel]
+
+    def cores_of(self, replica: int) -> frozenset[int] | None:
+        """One engine's."""
+        return divide(self.engine_cores, self.replicas)[replica]
 
 
 def place(settings: RunSettings) -> Placement:
-    """What this machine offers to this run. Raises ConfigError as `split_cores` does."""
-    cores = (None, None) if has_gpu() else split_cores(settings, os.sched_getaffinity(0))
-    return Placement(resolve_dtype(settings), *cores)
+    """What this machine offers to this run. Blocks: it looks at the model, and may ask nvidia-smi.
+
+    Raises ConfigError for what it does not offer, and as `split_cores`, `split_gpus` and `resolve_model` do.
+    """
+    dtype, wanted = resolve_dtype(settings), settings.placement
+    if has_gpu():
+        return split_gpus(settings, dtype, len(visible_gpus()), lambda sizes: _smallest_fit(settings, dtype, sizes))
+    for flag, is_set in (
+        ("colocate", wanted.colocate),
+        ("engine-gpus", wanted.engine_gpus != "auto"),
+        ("trainer-gpus", wanted.trainer_gpus != "auto"),
+    ):
+        if is_set:
+            raise ConfigError(
+                f"--placement.{flag}: expected GPUs, found none; on a CPU set --engine.cpu-cores and --trainer.cpu-cores"
+            )
+    tensor_parallel, _ = _smallest_fit(settings, dtype, [wanted.tensor_parallel or 1])
+    return Placement(dtype, *split_cores(settings, os.sched_getaffinity(0)), wanted.replicas or 1, tensor_parallel)
 
 
 def place_trainer(settings: TrainingSettings) -> Placement:
-    """What this machine offers to a trainer without an engine: all cores, unless the settings say which. Raises ConfigError as
-    `split_cores` does."""
+    """What this machine offers to a trainer without an engine: all cores, unless the settings say which; of GPUs the first.
+    Raises ConfigError as `split_cores` does, and for more ranks than GPUs."""
+    dtype = resolve_dtype(settings)
     if has_gpu():
-        return Placement(resolve_dtype(settings), None, None)
+        num_ranks, num_gpus = settings.trainer.megatron.num_ranks, len(visible_gpus())
+        if num_ranks > num_gpus:
+            raise ConfigError(f"--trainer.megatron: expected {num_ranks} GPUs, one a rank, found {num_gpus}")
+        return Placement(dtype, None, None, trainer_gpus=tuple(range(num_ranks)))
     available = os.sched_getaffinity(0)
     cores = _explicit(settings.trainer.cpu_cores, "--trainer.cpu-cores", available) or frozenset(available)
-    return Placement(resolve_dtype(settings), frozenset(), cores)
+    return Placement(dtype, frozenset(), cores)
 
 
 def split_cores(settings: RunSettings, available: set[int]) -> tuple[frozenset[int], frozenset[int]]:
@@ -65,25 +117,149 @@ def split_cores(settings: RunSettings, available: set[int]) -> tuple[frozenset[i
     return engine, trainer or (every - engine) or every
 
 
-def _explicit(cores: str, flag: str, available: set[int]) -> frozenset[int] | None:
+def _explicit(given: str, flag: str, available: Collection[int], what: str = "cores") -> frozenset[int] | None:
     """`0-3,6` -> {0, 1, 2, 3, 6}; None for `auto`."""
-    if cores == "auto":
+    if given == "auto":
         return None
-    if not _CORE_LIST.fullmatch(cores):
-        raise ConfigError(f"{flag}: expected auto or a list of cores such as 0-3,6, got {cores!r}")
+    if not _LIST.fullmatch(given):
+        raise ConfigError(f"{flag}: expected auto or a list of {what} such as 0-3,6, got {given!r}")
     chosen: set[int] = set()
-    for part in cores.split(","):
+    for part in given.split(","):
         first, _, last = part.partition("-")
         span = range(int(first), int(last or first) + 1)
-        if not available.issuperset(span) or not span:
-            raise ConfigError(f"{flag}: expected cores among {sorted(available)}, the process's own, got {cores!r}")
+        if not span or not set(available).issuperset(span):
+            raise ConfigError(f"{flag}: expected {what} among {sorted(available)}, the process's own, got {given!r}")
         chosen.update(span)
     return frozenset(chosen)
 
 
+def split_gpus(
+    settings: RunSettings, dtype: Dtype, num_gpus: int, fit: Callable[[Sequence[int]], tuple[int, str]]
+) -> Placement:
+    """Engines and trainer on so many GPUs. `fit` chooses how many of them an engine has, and says why.
+
+    By default the trainer gets one GPU for each rank, and engines all others; where they share, by `colocate` or since there is
+    but one GPU, engines all, and the trainer the first of those. Raises ConfigError where that is impossible.
+    """
+    wanted, num_ranks = settings.placement, settings.trainer.megatron.num_ranks
+    every, is_shared = range(num_gpus), wanted.colocate or num_gpus == 1
+    engine = _explicit(wanted.engine_gpus, "--placement.engine-gpus", every, "GPUs")
+    trainer = _explicit(wanted.trainer_gpus, "--placement.trainer-gpus", every, "GPUs")
+    if trainer is not None and len(trainer) != num_ranks:
+        raise ConfigError(
+            f"--placement.trainer-gpus: expected {num_ranks}, one for each rank (tensor x pipeline x data parallel), got "
+            f"{wanted.trainer_gpus!r}; see --trainer.megatron"
+        )
+    if engine and trainer and engine & trainer and not is_shared:
+        raise ConfigError(
+            f"--placement.trainer-gpus: expected others than --placement.engine-gpus {wanted.engine_gpus!r}, got "
+            f"{wanted.trainer_gpus!r}; let them share GPUs with --placement.colocate"
+        )
+    least = len(engine) if engine else (wanted.replicas or 1) * (wanted.tensor_parallel or 1)
+    needed = max(least, num_ranks) if is_shared else least + num_ranks
+    if needed > num_gpus:
+        raise ConfigError(
+            f"--placement: expected {needed} GPUs, {least} for engines and {num_ranks} for the trainer, found {num_gpus}; ask "
+            "for fewer" + ("" if is_shared else ", or let them share GPUs with --placement.colocate")
+        )
+    taken = every[:0] if is_shared else trainer or every[num_gpus - num_ranks :]
+    free = sorted(engine or {*every}.difference(taken))
+    size, why = fit(_engine_sizes(settings, len(free), is_exact=engine is not None))
+    replicas = wanted.replicas or len(free) // size
+    engines = free[: replicas * size]
+    others = [gpu for gpu in every if gpu not in engines]
+    reasons = [why] if why else []
+    if not engine and not wanted.replicas and num_gpus > 1:
+        reasons.append("as many engines as there is room for")
+    return Placement(
+        dtype,
+        None,
+        None,
+        replicas,
+        size,
+        tuple(engines),
+        tuple(sorted(trainer or (engines + others if is_shared else others)[:num_ranks])),
+        "; ".join(reasons),
+    )
+
+
+def _engine_sizes(settings: RunSettings, num_gpus: int, *, is_exact: bool) -> list[int]:
+    """How many GPUs one engine may have, of so many for all; `is_exact`: all of which must be used."""
+    wanted = settings.placement
+    sizes = [wanted.tensor_parallel] if wanted.tensor_parallel else range(1, num_gpus + 1)
+    if not is_exact:
+        return [size for size in sizes if size * (wanted.replicas or 1) <= num_gpus]
+    exact = [size for size in sizes if size * (wanted.replicas or num_gpus // size) == num_gpus]
+    if not exact:
+        raise ConfigError(
+            f"--placement.engine-gpus: expected replicas x tensor-parallel of them, {wanted.replicas or 'any'} x "
+            f"{wanted.tensor_parallel or 'any'}, got {wanted.engine_gpus!r}, which are {num_gpus}"
+        )
+    return exact
+
+
+def _smallest_fit(settings: RunSettings, dtype: Dtype, sizes: Sequence[int]) -> tuple[int, str]:
+    """The least of the ascending `sizes` with which the model's weights leave enough memory for a KV cache, and why."""
+    if list(sizes) == [1]:
+        return 1, ""
+    model = resolve_model(settings.model)
+    if isinstance(model, str):
+        return sizes[0], "how large a model on the hub is, is not known before it is loaded" if len(sizes) > 1 else ""
+    possible = [size for size in sizes if cannot_be_shared(model, size) is None]
+    if not possible:
+        raise ConfigError(
+            f"--placement.tensor-parallel {sizes[0]}: expected a divisor of the model's {cannot_be_shared(model, sizes[0])}"
+        )
+    if len(possible) == 1:
+        return possible[0], ""
+    num_bytes, room = weight_bytes(model, dtype), gpu_bytes() * settings.engine.gpu_memory_utilization / 2
+    for size in possible:
+        if num_bytes <= size * room:
+            return size, f"{num_bytes / 1e9:.1f} GB of weights, of a GPU {room / 1e9:.1f} GB at most"
+    raise ConfigError(
+        f"--placement: expected GPUs for {num_bytes / 1e9:.1f} GB of weights in one engine, half of "
+        f"--engine.gpu-memory-utilization of each, found {possible[-1]} x {room / 1e9:.1f} GB; to try it all the same, set "
+        "--placement.tensor-parallel"
+    )
+
+
+def divide(cores: frozenset[int] | None, num_parts: int) -> list[frozenset[int] | None]:
+    """Each part's cores; parts share them where there are fewer."""
+    if cores is None:
+        return [None] * num_parts
+    ordered = sorted(cores)
+    return [frozenset(ordered[part::num_parts] or ordered[part % len(ordered) :][:1]) for part in range(num_parts)]
+
+
+def visible_gpus() -> list[str]:
+    """NVIDIA GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them. Asks the device files, for torch would take seconds
+    to import, and CUDA must not be initialised here."""
+    found = [str(index) for index, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or not found:
+        return found
+    return list(takewhile(lambda name: name not in ("", "-1"), (name.strip() for name in chosen.split(","))))
+
+
 def has_gpu() -> bool:
-    """Whether the machine shows an NVIDIA GPU. Asks the device files, for torch would take seconds to import."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+    """Whether this process sees an NVIDIA GPU."""
+    return bool(visible_gpus())
+
+
+def gpu_bytes() -> int:
+    """Memory of this machine's smallest GPU. Raises ConfigError when nvidia-smi cannot say."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return min(int(line) << 20 for line in answer.splitlines())
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        raise ConfigError(
+            f"--placement.tensor-parallel: expected nvidia-smi to say how much memory a GPU has, got {error}; set it"
+        ) from error
+
+
+def _gpus(gpus: Sequence[int]) -> str:
+    return f"GPU{'s' if len(gpus) > 1 else ''} {', '.join(map(str, gpus))}"
 
 
 def fast_bfloat16() -> bool:
@@ -92,7 +268,7 @@ def fast_bfloat16() -> bool:
     return flags is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
 
 
-def resolve_dtype(settings: TrainingSettings) -> Literal["bfloat16", "float32"]:
+def resolve_dtype(settings: TrainingSettings) -> Dtype:
     """`auto` becomes bfloat16 on a GPU and on processors that are fast at it, else float32."""
     if settings.dtype != "auto":
         return settings.dtype

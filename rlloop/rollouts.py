@@ -48,6 +48,8 @@ class EnginePolicy:
     """The prompt's."""
     member: int
     """Of the group, from 0."""
+    group: int
+    """The prompt's ordinal."""
     num_turns: int = field(default=0, init=False)
 
     async def generate(
@@ -66,6 +68,7 @@ class EnginePolicy:
             seed=derive_seed(self.seed, self.member, self.num_turns),
             stop=tuple(stop),
             in_flight=self.in_flight,
+            group=self.group,
         )
         self.num_turns += 1
         [completion] = await self.engine.generate(request)
@@ -104,6 +107,7 @@ async def sample_group(
             max_model_len=settings.engine.max_model_len,
             seed=prompt.seed,
             member=member,
+            group=prompt.ordinal,
         )
         try:
             outcome = await _roll_out(environment, prompt.task, policy)

@@ -216,7 +216,7 @@ async def open_run(
     RlloopError for anything that the user can mend.
     """
     # First what needs no run directory: a typo leaves none behind.
-    placement = place(settings)
+    placement = await to_thread.run_sync(place, settings)
     environment = load_environment(settings.env, settings.all_env_args)
     if settings.init_adapter is not None and not settings.resume:
         check_adapter(settings.init_adapter, settings.lora)

@@ -56,6 +56,8 @@ class GenerationRequest:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     in_flight: InFlight = "finish"
+    group: int | None = None
+    """Requests of one group and version begin alike: of several engines one gets them all, whose prefix cache they share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,7 @@ class EngineStatistics:
 
     num_generated_tokens: int
     busy_seconds: float
-    """Time with at least one request in flight."""
+    """Time with at least one request in flight; of several engines, their mean."""
     num_running: int
     num_waiting: int
     kv_cache_usage: float

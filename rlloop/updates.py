@@ -12,8 +12,8 @@ from typing import Any
 
 from anyio import CancelScope
 
-from rlloop.config import PolicySettings
 from rlloop.errors import TornUpdate
+from rlloop.policy_settings import PolicySettings
 from rlloop.trainer import Loss, Trainer
 from rlloop.types import AdamConfig, Metrics, OptimResult, Sample
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import anyio
 import pytest
 from rlloop.algorithms import grpo, ppo
 
-from rlloop.backend import Backend
+from rlloop.backend import Backend, open_backend
 from rlloop.config import RunSettings
 from rlloop.engine.fake import FakeEngine
+from rlloop.engine.replicas import Replicas
 from rlloop.errors import ConfigError, TrainerError
+from rlloop.placement import Placement
 from rlloop.tracking import jsonl
 from rlloop.tracking.files import read_metrics
 from rlloop.trainer import Loss
@@ -204,3 +208,36 @@ def test_a_run_that_needs_another_backend_is_refused(settings: dict[str, Any], m
 def test_a_run_may_need_less(tmp_path: Path) -> None:
     backend = Backend(RunSettings(lora={"rank": 32}, max_staleness=4), FakeEngine(), FakeTrainer(), Tokenizer())  # type: ignore[arg-type]
     backend.check(grpo.Config(lora={"rank": 8}, max_staleness=0, seed=3, group_size=2))
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_each_engine_gets_gpus_of_its_own(replicas: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+
+    @asynccontextmanager
+    async def start(model: str, settings: Any, **arguments: Any) -> AsyncIterator[FakeEngine]:
+        started.append(arguments)
+        yield FakeEngine()
+
+    @asynccontextmanager
+    async def trainer(model: str, **arguments: Any) -> AsyncIterator[FakeTrainer]:
+        assert arguments["visible_gpus"] == "c,d"
+        yield FakeTrainer()
+
+    monkeypatch.setattr("rlloop.backend.visible_gpus", lambda: list("abcd"))
+    monkeypatch.setattr("rlloop.backend.load_tokenizer", lambda model: None)
+    monkeypatch.setattr("rlloop.engine.vllm.start_vllm", start)
+    monkeypatch.setattr("rlloop.trainer.kinds.trainer_class", lambda kind: trainer)
+    placement = Placement("bfloat16", None, None, replicas, 2 // replicas, engine_gpus=(0, 1), trainer_gpus=(2, 3))
+
+    async def run() -> None:
+        settings = RunSettings(model="owner/name")
+        async with open_backend(settings, "marker", tmp_path, placement=placement) as backend:
+            assert isinstance(backend.engine, Replicas if replicas > 1 else FakeEngine)
+
+    anyio.run(run)
+    found = [(each["gpus"], each["tensor_parallel"], each["log_path"].name, each["cores"]) for each in started]
+    if replicas == 1:
+        assert found == [((0, 1), 2, "engine.log", None)]
+    else:
+        assert found == [((0,), 1, "engine-0.log", None), ((1,), 1, "engine-1.log", None)]

@@ -35,6 +35,7 @@ BAD_FLAGS = {
     "no room": ("--sampling.max-tokens 512", "error: --sampling.max-tokens (512)", "--engine.max-model-len (512)"),
     "floor above the group": ("--environment.min-group-size 9", "--environment.min-group-size (9)", "--group-size (8)"),
     "cap below the bound": ("--staleness-cap 1", "--staleness-cap (1)", "at least --max-staleness (2)"),
+    "no engine": ("--placement.replicas 0", "--placement.replicas", "greater than or equal to 1", "got '0'"),
     "both at once": ("--resume --overwrite", "--resume and --overwrite exclude each other"),
     "no config": ("--config", "--config: expected a TOML, YAML or JSON file, got nothing"),
     "no such config": ("--config nope.toml", "Config file not found: nope.toml"),

@@ -23,7 +23,7 @@ FOLDERS = {"rlloop": "rlloop", "rlloop.algorithms": "algorithms", "rlloop.envs":
 # A module may import from its own row and from rows above it.
 LAYERS = (
     ("errors", "types", "processes", "signals", "plugins"),
-    ("config", "flags", "tracking", "staleness", "ledger"),
+    ("config", "flags", "policy_settings", "tracking", "staleness", "ledger"),
     (
         "corrections",
         "advantages",

@@ -4,8 +4,8 @@ import anyio
 import numpy as np
 import pytest
 
-from rlloop.config import PolicySettings
 from rlloop.errors import TornUpdate, TrainerError
+from rlloop.policy_settings import PolicySettings
 from rlloop.types import AdamConfig, Metrics, OptimResult, Sample
 from rlloop.updates import (
     PER_TOKEN,

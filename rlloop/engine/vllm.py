@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from rlloop.config import EngineSettings
 from rlloop.engine import vllm_compat
 from rlloop.engine.flights import HOPPING, HOPPING_ID, Flights, Swap, continued, joined
 from rlloop.errors import EngineError, RefitError
+from rlloop.placement import divide
 from rlloop.processes import blocked_signals
 from rlloop.types import AdapterTicket, Completion, EngineStatistics, GenerationRequest, RefitReport
 
@@ -261,11 +262,14 @@ async def start_vllm(
     log_path: Path,
     cores: frozenset[int] | None,
     serves_hops: bool = False,
+    gpus: Sequence[int] = (),
+    tensor_parallel: int = 1,
 ) -> AsyncIterator[VllmEngine]:
-    """Run vLLM while the block runs.
+    """Run vLLM while the block runs. Start several one after the other: vLLM reads the process's environment.
 
-    `num_versions`: policy versions that it can hold at once. `cores`: where it computes on a CPU; None means a GPU.
-    `serves_hops`: requests may have `in_flight` "hop", which takes one more slot.
+    `num_versions`: policy versions that it can hold at once. `serves_hops`: requests may have `in_flight` "hop", which takes one
+    more slot. `cores`: where it computes on a CPU; None means GPUs, `gpus` of those that this process sees, or the first.
+    `tensor_parallel`: how many GPUs, or processes on a CPU, share the layers.
     """
     load = vllm_compat.Load()
     num_slots = num_versions + serves_hops
@@ -289,7 +293,8 @@ async def start_vllm(
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
                 worker_extension_cls=WORKER_EXTENSION,
                 use_tqdm_on_load=False,
-                **_device_arguments(settings, cores),
+                tensor_parallel_size=tensor_parallel,
+                **_device_arguments(settings, cores, gpus),
             )
             if abandoned.is_set():  # while vLLM was imported, which takes seconds
                 return None
@@ -298,7 +303,7 @@ async def start_vllm(
                 llm.shutdown()
             return llm
 
-    _set_environment(settings, log_path, cores)
+    _set_environment(settings, log_path, cores, tensor_parallel)
     try:
         llm = await anyio.to_thread.run_sync(create, abandon_on_cancel=True)
     except anyio.get_cancelled_exc_class():
@@ -311,13 +316,14 @@ async def start_vllm(
         llm.shutdown = lambda *_: None  # its __del__ would call it again, when the interpreter has taken vLLM apart
 
 
-def _device_arguments(settings: EngineSettings, cores: frozenset[int] | None) -> dict[str, Any]:
+def _device_arguments(settings: EngineSettings, cores: frozenset[int] | None, gpus: Sequence[int]) -> dict[str, Any]:
     if cores is None:
         memory: dict[str, float] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
         if settings.kv_cache_gib is not None:
             # Then the share is not used, only held against what is free, of which others may have taken much.
             memory = {"kv_cache_memory_bytes": settings.kv_cache_gib << 30, "gpu_memory_utilization": 0.01}
-        return {**memory, "enforce_eager": settings.enforce_eager}
+        # Rather than CUDA_VISIBLE_DEVICES: the engine must see the trainer's GPU, whose memory it maps.
+        return {**memory, "enforce_eager": settings.enforce_eager, "device_ids": list(gpus) or None}
     return {
         "enforce_eager": True,
         "block_size": 32,  # small, for only whole blocks are shared between prompts
@@ -327,7 +333,9 @@ def _device_arguments(settings: EngineSettings, cores: frozenset[int] | None) ->
     }
 
 
-def _set_environment(settings: EngineSettings, log_path: Path, cores: frozenset[int] | None) -> None:
+def _set_environment(
+    settings: EngineSettings, log_path: Path, cores: frozenset[int] | None, tensor_parallel: int
+) -> None:
     """vLLM reads these when it is imported and when it spawns its processes."""
     handler = {"class": "logging.FileHandler", "filename": str(log_path.resolve()), "formatter": "plain"}
     logging_config = {
@@ -345,4 +353,5 @@ def _set_environment(settings: EngineSettings, log_path: Path, cores: frozenset[
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if cores is not None:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib or 1)
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(cores)))
+        parts = [",".join(map(str, sorted(part or ()))) for part in divide(cores, tensor_parallel)]
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(parts)

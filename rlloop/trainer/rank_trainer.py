@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, TypeVar
@@ -36,7 +36,8 @@ class RankTrainer(ABC):
 
     Enter it to start the processes; the first call waits until the model is loaded. `model` is a folder in transformers'
     format, `dtype` that of the frozen base (adapters and optimizers are fp32), `temperature` the one that samples are drawn
-    at. `cores` pins the ranks on a CPU; `log_path` takes what their libraries print; `events` the spans.
+    at. `cores` pins the ranks on a CPU; `visible_gpus` is their CUDA_VISIBLE_DEVICES; `log_path` takes what their libraries
+    print; `events` the spans.
     """
 
     build_rank: ClassVar[Callable[..., object]]
@@ -51,13 +52,15 @@ class RankTrainer(ABC):
         temperature: float,
         writer: AdapterWriter,
         cores: frozenset[int] | None = None,
+        visible_gpus: str | None = None,
         seed: int = 0,
         log_path: Path | None = None,
         events: Events | None = None,
     ) -> None:
         arguments = RankArguments(model, dtype, settings, temperature, writer, seed)
         self._events = events or Events(None)
-        self._ranks = Ranks(self._specs(arguments, cores, log_path))
+        specs = self._specs(arguments, cores, log_path)
+        self._ranks = Ranks([replace(spec, visible_gpus=visible_gpus) for spec in specs])
 
     @abstractmethod
     def _specs(self, arguments: RankArguments, cores: frozenset[int] | None, log_path: Path | None) -> list[RankSpec]:

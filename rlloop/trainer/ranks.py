@@ -74,6 +74,8 @@ class RankSpec:
     """Pins the rank to these cores, with as many torch threads; None leaves it to the system."""
     log_path: Path | None = None
     """Takes, appended, what the rank and its libraries print; None lets them print."""
+    visible_gpus: str | None = None
+    """The rank's CUDA_VISIBLE_DEVICES; None leaves it as it is here."""
 
 
 @dataclass
@@ -106,7 +108,7 @@ class Ranks:
             ours, theirs = _SPAWN.Pipe()
             context = RankContext(rank, len(self._specs), self._last_interrupted)
             process = _SPAWN.Process(target=_run, args=(theirs, spec, context), name=f"trainer-{rank}", daemon=True)
-            with blocked_signals(signal.SIGINT, signal.SIGTERM), _thread_environment(spec.cores):
+            with blocked_signals(signal.SIGINT, signal.SIGTERM), _environment(spec):
                 process.start()
             theirs.close()
             self._ranks.append(_Rank(process, ours))
@@ -241,13 +243,14 @@ def _death(index: int, exit_code: int | None, log_path: Path | None) -> RankDied
 
 
 @contextmanager
-def _thread_environment(cores: frozenset[int] | None) -> Iterator[None]:
-    """What OpenMP reads when a spawned process loads it, which may be before any of our code runs there."""
-    if cores is None:
-        yield
-        return
-    # Passive: a thread that waits must not keep the core from the engine's.
-    wanted = {"OMP_NUM_THREADS": str(len(cores)), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+def _environment(spec: RankSpec) -> Iterator[None]:
+    """What OpenMP and CUDA read when a spawned process loads them, which may be before any of our code runs there."""
+    wanted = {}
+    if spec.cores is not None:
+        # Passive: a thread that waits must not keep the core from the engine's.
+        wanted = {"OMP_NUM_THREADS": str(len(spec.cores)), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    if spec.visible_gpus is not None:
+        wanted["CUDA_VISIBLE_DEVICES"] = spec.visible_gpus
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

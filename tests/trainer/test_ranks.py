@@ -40,6 +40,9 @@ class Rank:
             signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
         )
 
+    def variable(self, name):
+        return os.environ.get(name)
+
     def say(self, text):
         print(text, flush=True)
         os.system(f"echo {text} from a child >&2")
@@ -130,6 +133,17 @@ async def test_pinned_with_its_own_threads_and_deaf_to_ctrl_c(module) -> None:
         os.kill(pid, signal.SIGINT)
         assert (await ranks.call("echo"))[0] == 0
     assert os.environ.get("OMP_NUM_THREADS") == before
+
+
+async def test_a_rank_sees_its_gpus_and_nobody_else_does(module) -> None:
+    variable = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(variable)
+    specs = [RankSpec(module.Rank, visible_gpus="2,3"), RankSpec(module.Rank)]
+    async with Ranks(specs) as ranks:
+        assert os.environ.get(variable) == before
+        assert await ranks.call("variable", variable) == "2,3"
+    async with Ranks(specs[1:]) as ranks:
+        assert await ranks.call("variable", variable) == before
 
 
 async def test_output_goes_to_the_log(module, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

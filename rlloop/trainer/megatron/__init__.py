@@ -14,6 +14,7 @@ import socket
 from functools import partial
 from pathlib import Path
 
+from rlloop.placement import divide
 from rlloop.trainer.megatron.stages import check_divisible
 from rlloop.trainer.rank_trainer import RankArguments, RankTrainer
 from rlloop.trainer.ranks import RankContext, RankSpec
@@ -36,15 +37,7 @@ class MegatronTrainer(RankTrainer):
         check_divisible(arguments.model, layout)
         address = f"127.0.0.1:{_free_port()}"
         factory = partial(self.build_rank, arguments=arguments, address=address, events_path=self._events.path)
-        return [RankSpec(factory, part, log_path) for part in _divide(cores, layout.num_ranks)]
-
-
-def _divide(cores: frozenset[int] | None, num_ranks: int) -> list[frozenset[int] | None]:
-    """Each rank's cores; ranks share them where there are fewer."""
-    if cores is None:
-        return [None] * num_ranks
-    ordered = sorted(cores)
-    return [frozenset(ordered[rank::num_ranks] or ordered[rank % len(ordered) :][:1]) for rank in range(num_ranks)]
+        return [RankSpec(factory, part, log_path) for part in divide(cores, layout.num_ranks)]
 
 
 def _free_port() -> int:
