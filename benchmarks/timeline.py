@@ -3,8 +3,8 @@
     python benchmarks/timeline.py runs/quickstart --first 3 --last 6 --out timeline.png
 
 A bar is a span, its colour the policy version that it uses: the one that samples a group and whose answers are scored, the one
-that the trainer's weights are, the one that is published. Spans that overlap lie in rows of their own. From the publish of version
-`first` to that of version `last`.
+that the trainer's weights are, the one that is published. Spans that overlap lie in rows of their own. From the publish of
+version `first` to that of version `last`.
 """
 
 from __future__ import annotations
