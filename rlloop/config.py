@@ -168,7 +168,7 @@ class RefitSettings(Settings):
 
     transport: Literal["auto", "cuda_ipc", "memory", "disk"] = "auto"
     """The trainer's GPU memory, mapped by the engine (`auto` on GPUs); shared memory (`auto` on CPUs); or a file (fallback)."""
-    canary_every: int = Field(10, ge=0)
+    canary_every: int = Field(20, ge=0)
     """Steps between canaries: tokens sampled with a new version, whose logprobs engine and trainer must agree on; 0: none."""
 
 
