@@ -82,7 +82,7 @@ async def sample_and_score(
 ) -> None:
     """Train, then sample four groups on the last version and score them."""
     async with open_run(config, marker) as trained:
-        await trained.train(partial(grpo.update, config=config))
+        await trained.train(partial(grpo.update, config=config, state=trained.state))
         prompts = [Prompt(-1 - i, i, 1000 + i, trained.task(i)) for i in range(4)]
         groups = [await trained.sample(prompt, trained.refit.latest) for prompt in prompts]
         scored += make_samples(groups, group_normalised, token_weights)

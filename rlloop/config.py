@@ -168,6 +168,8 @@ class RefitSettings(Settings):
     in_flight: InFlight = "finish"
     """What a new version does to rollouts in flight: they finish on their own; restart, so that the new one prefills what they have
     and goes on; or hop, so that it goes on at once over the old one's keys and values."""
+    canary_every: int = Field(20, ge=0)
+    """Steps between canaries: tokens sampled with a new version, whose logprobs engine and trainer must agree on; 0: none."""
 
 
 class CheckpointSettings(Settings):
@@ -298,8 +300,7 @@ class RunSettings(TrainingSettings):
     group_size: int = Field(8, ge=1)
     """Rollouts of one prompt."""
     dynamic_sampling: float = Field(0.0, ge=0)
-    """Groups whose rewards are all equal, which teach nothing without a critic, are replaced: each step up to this times
-    groups_per_step."""
+    """Each step up to this times groups_per_step groups whose rewards are equal, which teaches little, are replaced."""
     curriculum: CurriculumSettings = CurriculumSettings()
     max_staleness: int = Field(2, ge=0)
     """How many versions older than the trainer's a rollout may be; 0 is the synchronous loop."""

@@ -23,10 +23,12 @@ UPDATE_METRICS = (
     "optim/lr",
     "perf/mfu",
     "perf/train_tokens_per_second",
+    "refit/canary_difference",
+    "time/canary",
     "time/forward_backward",
     "time/optimizer",
 )
-"""NaN where an update does not report them (no KL without a reference, no loss without a sample to train on)."""
+"""NaN where an update does not report them (no KL without a reference, no loss without a sample to train on, no canary)."""
 
 
 class StepMetrics:
@@ -47,7 +49,8 @@ class StepMetrics:
         change = self._change_since_last()
         seconds = change["clock"]
         staleness = [group.staleness for group in step.groups]
-        engine_busy, trainer_busy = change["engine"] / seconds, step.update_seconds / seconds
+        updating = step.update_seconds - step.metrics.get("time/canary", 0.0)
+        engine_busy, trainer_busy = change["engine"] / seconds, updating / seconds
         statistics = self._engine.statistics()
         self._engine.reset_longest_gap()
         for name in TOTALS:

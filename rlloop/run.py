@@ -32,6 +32,7 @@ from rlloop.metrics import StepMetrics, completion_rows
 from rlloop.models import check_adapter, resolve_model
 from rlloop.placement import place
 from rlloop.processes import guard
+from rlloop.refit.canary import open_canary
 from rlloop.refit.publisher import Refit
 from rlloop.rewards import Scorer
 from rlloop.rollouts import derive_seed, sample_group
@@ -99,11 +100,14 @@ class Run:
         self._saved = self.first_step
         self._checkpoint_seconds = 0.0
         self._evaluation = self._open_evaluation()
+        self._canary = open_canary(settings, self.tokenizer, self.trainer, self.engine, self.refit, POLICY, self.events)
         async with create_task_group() as self._tasks:
             try:
                 await self.refit.publish(self.first_step)
+                self._canary.start(self._tasks)
                 await self._evaluate(self.first_step)
                 await loop.run()
+                await self._canary.check()
                 await self._save()  # before the last evaluation, which may take its time
             except BaseException as end:
                 with CancelScope(shield=True):
@@ -137,7 +141,8 @@ class Run:
 
     async def update(self, groups: list[Group]) -> Metrics:
         """See `Stages.update`."""
-        return await self._update(self.trainer, groups)
+        canary = await self._canary.check()  # of the version whose weights the trainer still has
+        return {**await self._update(self.trainer, groups), **canary}
 
     def finish_step(self, step: Step) -> None:
         """See `Stages.finish_step`."""
@@ -148,6 +153,7 @@ class Run:
 
     async def checkpoint(self, step: int) -> None:
         """See `Stages.checkpoint`."""
+        self._canary.start(self._tasks)
         await self._evaluate(step)
         if step % self.settings.checkpoint.every == 0:
             started = monotonic()

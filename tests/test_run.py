@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +29,7 @@ from rlloop.checkpoint import newest_checkpoint
 from rlloop.config import RunSettings, SettingsT
 from rlloop.engine.fake import FakeEngine
 from rlloop.environment import Policy, Trajectory
-from rlloop.errors import BadEnvironmentError, CheckpointError, EngineError, Stopped, TrainerError
+from rlloop.errors import BadEnvironmentError, CheckpointError, EngineError, RefitError, Stopped, TrainerError
 from rlloop.events import Events
 from rlloop.ledger import Ledger
 from rlloop.refit.publisher import Refit
@@ -45,6 +47,7 @@ from rlloop.types import (
     AdapterTicket,
     Completion,
     Failure,
+    FloatArray,
     GenerationRequest,
     Group,
     LoraConfig,
@@ -67,6 +70,9 @@ def nothing() -> None:
 class Tokenizer:
     def decode(self, tokens: Any) -> str:
         return " ".join(map(str, tokens))
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
 
 
 class Environment:
@@ -313,7 +319,8 @@ def test_an_update_that_fails_halfway_is_not_saved(tmp_path: Path, monkeypatch: 
 
 
 def test_totals_go_on_after_a_resume(tmp_path: Path) -> None:
-    whole, parts = make_settings(tmp_path / "whole"), make_settings(tmp_path / "parts")
+    """But for canaries: each start has one more."""
+    whole, parts = (make_settings(tmp_path / name, refit={"canary_every": 0}) for name in ("whole", "parts"))
     train(whole)
     for num_steps, resume in ((2, False), (4, True), (6, True)):
         train(parts.model_copy(update={"num_steps": num_steps, "resume": resume}))
@@ -513,6 +520,63 @@ def test_groups_without_a_signal_are_replaced_up_to_a_share_of_the_step(tmp_path
     lines = read_metrics(tmp_path / "run")
     assert len(lines) == 6
     assert [line["async/dropped_filtered"] for line in lines] == [1.0] * 6  # one of two groups, each step
+
+
+# --- The canary ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_canary_lies_between_a_publish_and_the_next_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 0, with which the run begins, and every second one; also the last, which no update follows."""
+    log: list[str] = []
+
+    class Logged(Trainer):
+        async def logprobs(self, name: str | None, samples: Sequence[Sample]) -> list[FloatArray]:
+            log.append(f"canary of {self.steps[POLICY]}")
+            assert name == POLICY
+            return await super().logprobs(name, samples)
+
+        async def export_adapter(self, name: str) -> AdapterTicket:
+            log.append(f"publish {self.steps[POLICY]}")
+            return await super().export_adapter(name)
+
+        async def optim_step(self, name: str, adam: AdamConfig) -> OptimResult:
+            log.append(f"update {self.steps[POLICY]}")
+            return await super().optim_step(name, adam)
+
+    monkeypatch.setattr(sys.modules[__name__], "Trainer", Logged)
+    config = make_settings(tmp_path / "run", num_steps=4, refit={"canary_every": 2})
+    train(config)
+    assert ", ".join(log) == (
+        "publish 0, canary of 0, update 0, publish 1, update 1, publish 2, canary of 2, update 2, publish 3, update 3, "
+        "publish 4, canary of 4"
+    )
+    lines = read_metrics(config.run_dir)
+    assert [line["refit/canary_difference"] for line in lines] == pytest.approx([0, math.nan] * 2, nan_ok=True)
+    assert [line["time/canary"] >= 0 for line in lines] == [True, False] * 2
+    spans = [event for event in jsonl.read(config.run_dir / "events.jsonl") if event["name"] == "canary"]
+    assert [span["policy_version"] for span in spans] == [0, 2, 4]
+
+
+def test_a_canary_that_disagrees_ends_the_run_before_the_next_update(tmp_path: Path) -> None:
+    async def main() -> None:
+        config = make_settings(tmp_path / "run", max_staleness=0, refit={"canary_every": 3})
+        async with open_fake_run(config) as fake:
+
+            async def other(name: str | None, samples: Sequence[Sample]) -> list[FloatArray]:
+                away = 0.25 * (fake.trainer.steps[POLICY] == 3)  # type: ignore[attr-defined]
+                return [sample.rollout_logprobs - np.float32(away) for sample in samples]
+
+            fake.trainer.logprobs = other  # type: ignore[method-assign]
+            await fake.train(update)
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        anyio.run(main)
+    error = _first(caught.value)
+    assert isinstance(error, RefitError)
+    assert "policy version 3" in str(error)
+    saved = newest_checkpoint(tmp_path / "run")
+    assert saved is not None
+    assert saved.step == 3
 
 
 # --- Held-out prompts ---------------------------------------------------------------------------------------------------

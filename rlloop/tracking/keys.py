@@ -68,6 +68,9 @@ DOCUMENTED: dict[str, Metric] = {
     "time/optimizer": Metric("seconds", "The optimizer step.", "perf/optimizer_s"),
     "time/refit": Metric("seconds", "From the update's end until the engine serves it.", "perf/weight_sync_s"),
     "time/refit_stall": Metric("seconds", "Of that: the engine could run no forward pass.", "perf/weight_sync_pause_s"),
+    "time/canary": Metric(
+        "seconds", "The update waited for the canary and its forward pass; NaN in a step without one."
+    ),
     "time/checkpoint": Metric("seconds", "Writing a checkpoint after the step before; 0 if that wrote none."),
     "time/trainer_idle_frac": Metric("fraction", "Of the step in which the trainer did nothing."),
     "time/engine_idle_frac": Metric("fraction", "Of the step in which the engine had no request."),
@@ -77,6 +80,11 @@ DOCUMENTED: dict[str, Metric] = {
     ),
     "refit/load_seconds": Metric("seconds", "In the engine: into a free slot."),
     "refit/verify_seconds": Metric("seconds", "In the engine: digest of what the slot holds."),
+    "refit/canary_difference": Metric(
+        "nats",
+        "Mean absolute difference of engine's and trainer's logprobs of the canary's tokens, before this step's update; "
+        "NaN in a step without one.",
+    ),
     "refit/first_token_seconds": Metric(
         "seconds", "From the end of the last publish whose version has sampled to the first token that it sampled."
     ),
@@ -105,7 +113,9 @@ DOCUMENTED: dict[str, Metric] = {
     "optim/lr": Metric("1", "Learning rate.", "learning_rate"),
     "optim/skipped_steps": Metric("steps", "Optimizer steps skipped since the run began, for any reason."),
     "optim/nonfinite_steps": Metric("steps", "Of those: loss or gradient was not finite."),
-    "progress/tokens_sampled": Metric("tokens", "Sampled since the run began, dropped ones included.", "num_tokens"),
+    "progress/tokens_sampled": Metric(
+        "tokens", "Sampled since the run began, dropped ones and canaries included.", "num_tokens"
+    ),
     "progress/tokens_trained": Metric("tokens", "Sampled tokens that were trained on since the run began."),
     "progress/prompts": Metric("prompts", "Trained on since the run began."),
     "progress/passed_over": Metric("prompts", "Passed over by the curriculum since the run began, and not sampled."),

@@ -1,4 +1,5 @@
 import json
+import math
 import tomllib
 from collections import defaultdict
 from itertools import pairwise
@@ -33,6 +34,7 @@ def test_every_line_has_every_documented_metric(resumed: Any) -> None:
 
 
 def test_metrics_are_plausible(resumed: Any) -> None:
+    checked = set()
     for line in read_metrics(resumed.run_dir):
         assert 0 <= line["reward/min"] <= line["reward/mean"] <= line["reward/max"] <= 1
         assert line["completions/mean_length"] <= 8
@@ -42,9 +44,14 @@ def test_metrics_are_plausible(resumed: Any) -> None:
             assert line["policy/sampler_kl_max"] < 1e-6
             assert line["policy/mismatch_ratio_max"] == pytest.approx(1, abs=1e-3)
         assert line["async/staleness_max"] <= 4
+        if math.isfinite(line["refit/canary_difference"]):  # of the first version of each attempt, and of every 20th
+            checked.add(line["step"] - 1)
+            assert line["refit/canary_difference"] < 1e-4
+            assert 0 < line["time/canary"] < line["time/step"]
         assert line["rollout/errors"] == line["rollout/timeouts"] == line["async/dropped_groups"] == 0
         if line["step"] != resumed.first_checkpoint.step:  # the signal may have interrupted its refit
             assert 0 < line["time/refit_stall"] < line["time/refit"] < line["time/step"]
+    assert checked >= {0, resumed.first_checkpoint.step}
 
 
 def test_events_are_spans_of_every_stage(resumed: Any) -> None:
