@@ -166,8 +166,8 @@ class RefitSettings(Settings):
     transport: Literal["auto", "cuda_ipc", "memory", "disk"] = "auto"
     """The trainer's GPU memory, mapped by the engine (`auto` on GPUs); shared memory (`auto` on CPUs); or a file (fallback)."""
     in_flight: InFlight = "finish"
-    """What a new version does to rollouts in flight: they finish on their own; restart, so that the new one prefills what they have
-    and goes on; or hop, so that it goes on at once over the old one's keys and values."""
+    """What a new version does to rollouts in flight: they finish on their own; restart, so that the new one prefills what they
+    have and goes on; or hop, so that it goes on at once over the old one's keys and values."""
     canary_every: int = Field(20, ge=0)
     """Steps between canaries: tokens sampled with a new version, whose logprobs engine and trainer must agree on; 0: none."""
 

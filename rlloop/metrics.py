@@ -11,6 +11,7 @@ import numpy as np
 from rlloop.engine import Engine
 from rlloop.ledger import Ledger
 from rlloop.loop import Loop, Step
+from rlloop.samples import token_staleness
 from rlloop.types import Group, Metrics, Reward
 from rlloop.updates import PER_TOKEN
 
@@ -49,6 +50,7 @@ class StepMetrics:
         change = self._change_since_last()
         seconds = change["clock"]
         staleness = [group.staleness for group in step.groups]
+        rollouts = [(rollout, group) for group in step.groups for rollout in group.rollouts]
         updating = step.update_seconds - step.metrics.get("time/canary", 0.0)
         engine_busy, trainer_busy = change["engine"] / seconds, updating / seconds
         statistics = self._engine.statistics()
@@ -63,6 +65,10 @@ class StepMetrics:
             **step.metrics,
             "async/staleness_mean": float(np.mean(staleness)),
             "async/staleness_max": float(max(staleness)),
+            "async/token_staleness_mean": float(
+                np.mean(np.concatenate([token_staleness(r, group)[r.loss_mask] for r, group in rollouts]))
+            ),
+            "async/frac_mixed_versions": float(np.mean([r.token_versions is not None for r, _ in rollouts])),
             "async/in_flight": float(self._loop.num_in_flight),
             "async/dropped_groups": change["dropped"],
             "async/dropped_stale": change["stale"],

@@ -41,7 +41,6 @@ class EnginePolicy:
     engine: Engine
     tokenizer: Any
     policy_version: int
-    in_flight: InFlight
     sampling: SamplingSettings
     max_model_len: int
     seed: int
@@ -50,6 +49,7 @@ class EnginePolicy:
     """Of the group, from 0."""
     group: int
     """The prompt's ordinal."""
+    in_flight: InFlight
     num_turns: int = field(default=0, init=False)
 
     async def generate(
@@ -102,12 +102,12 @@ async def sample_group(
             engine=engine,
             tokenizer=tokenizer,
             policy_version=policy_version,
-            in_flight=in_flight,
             sampling=settings.sampling,
             max_model_len=settings.engine.max_model_len,
             seed=prompt.seed,
             member=member,
             group=prompt.ordinal,
+            in_flight=in_flight,
         )
         try:
             outcome = await _roll_out(environment, prompt.task, policy)

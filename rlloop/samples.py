@@ -47,15 +47,15 @@ def make_samples(
             advantages=np.full(len(rollout.tokens), credit, np.float32),
             loss_weights=np.full(len(rollout.tokens), weight, np.float32),
             prompt_id=group.prompt.ordinal,
-            staleness=_staleness(rollout, group),
+            staleness=token_staleness(rollout, group),
         )
         for rollout, group, credit, weight in zip(rollouts, of_rollouts, credit_of, weights, strict=True)
         if rollout.loss_mask.any()
     ]
 
 
-def _staleness(rollout: Rollout, group: Group) -> FloatArray:
-    """[T]"""
+def token_staleness(rollout: Rollout, group: Group) -> FloatArray:
+    """[T] versions that the trainer is ahead of the one that sampled each token."""
     sampled_by = rollout.policy_version if rollout.token_versions is None else rollout.token_versions
     staleness = group.policy_version + group.staleness - np.asarray(sampled_by, np.float32)
     return np.full(rollout.tokens.shape, staleness)

@@ -52,6 +52,9 @@ class Tokenizer:
     def decode(self, tokens: Any) -> str:
         return " ".join(map(str, tokens))
 
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
 
 class Trainer(FakeTrainer):
     def __init__(self) -> None:

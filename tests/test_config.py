@@ -136,6 +136,7 @@ def test_settings_are_immutable() -> None:
         (RunSettings(groups_per_step=8, max_staleness=2, on_stale="drop"), 24, 2, 4),
         (RunSettings(groups_per_step=3, max_staleness=0), 3, 0, 2),
         (RunSettings(groups_per_step=3, max_staleness=1, staleness_cap=3), 6, 3, 5),
+        (RunSettings(groups_per_step=8, max_staleness=2, refit={"in_flight": "hop"}), 24, 8, 2),
     ],
 )
 def test_what_follows_from_staleness(settings: RunSettings, num_slots: int, limit: int, num_versions: int) -> None:

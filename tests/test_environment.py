@@ -1,6 +1,7 @@
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,21 @@ def test_trajectory_keeps_what_was_sampled() -> None:
     dtypes = [array.dtype.name for array in (rollout.tokens, rollout.loss_mask, rollout.rollout_logprobs)]
     assert dtypes == ["int32", "bool", "float32"]
     assert (rollout.policy_version, rollout.num_turns, rollout.text) == (6, 2, "six")
+    assert rollout.token_versions is not None
+    assert rollout.token_versions.tolist() == [6, 6, 7, 7, 6, 6]
     assert (rollout.finish_reason, rollout.metrics) == ("stop", {"guesses": 2.0})
+
+
+def test_a_trajectory_knows_the_version_of_each_token() -> None:
+    one, hopped = Trajectory(), Trajectory()
+    for trajectory in (one, hopped):
+        trajectory.observe([1])
+        trajectory.act(completion([3, 4], version=7, logprob=-1.0))
+    assert one.finish("", "stop").token_versions is None
+    hopped.act(replace(completion([3, 4, 5], version=7, logprob=-1.0), token_versions=np.array([7, 8, 8], np.int32)))
+    rollout = hopped.finish("", "stop")
+    assert rollout.token_versions is not None
+    assert (rollout.policy_version, rollout.token_versions.tolist()) == (7, [7, 7, 7, 7, 8, 8])
 
 
 def test_trajectory_refuses_what_is_no_rollout() -> None:

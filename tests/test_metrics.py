@@ -60,9 +60,11 @@ def rollout(text: str, num_sampled: int = 2, finish_reason: str = "stop", **metr
 
 
 def make_step(**changes: Any) -> Step:
+    old = replace(rollout("c"), policy_version=0)
+    hopped = replace(rollout("d", tries=4), policy_version=0, token_versions=np.array([0, 0, 0, 1], np.int32))
     groups = [
         Group(Prompt(4, 0, 0, None), (rollout("a"), rollout("b", 4, "length", tries=2)), (0.0, 1.0), policy_version=1),
-        Group(Prompt(5, 1, 0, None), (rollout("c"), rollout("d", tries=4)), (0.5, 0.5), policy_version=0, staleness=1),
+        Group(Prompt(5, 1, 0, None), (old, hopped), (0.5, 0.5), policy_version=0, staleness=1),
     ]
     trained = {"optim/skipped_steps": 0.0, "progress/tokens_trained": 10.0, "optim/lr": 0.1}
     return replace(Step(2, groups, trained, 1.5, 2.0, REPORT), **changes)
@@ -94,6 +96,8 @@ def test_one_step(clock: Clock) -> None:
         "env/tries": 3.0,
         "async/staleness_mean": 0.5,  # step 2 trains on version 1
         "async/staleness_max": 1.0,
+        "async/token_staleness_mean": 0.3,  # 3 of 10 tokens
+        "async/frac_mixed_versions": 0.25,
         "async/in_flight": 3.0,
         "async/dropped_groups": 4.0,
         "async/dropped_stale": 2.0,

@@ -240,10 +240,13 @@ async def test_the_spans_of_a_group_overlap() -> None:
 @pytest.mark.anyio
 async def test_a_policy_passes_on_what_the_environment_asks() -> None:
     engine = Engine()
-    policy = EnginePolicy(engine, None, 1, SamplingSettings(max_tokens=8), 16, seed=1, member=0, group=5)  # type: ignore[arg-type]
+    policy = EnginePolicy(
+        engine, None, 1, SamplingSettings(max_tokens=8), 16, seed=1, member=0, group=5, in_flight="hop"
+    )  # type: ignore[arg-type]
     await policy.generate([1, 2], max_tokens=3, stop=["\n"])
     await policy.generate([1, 2])
     first, second = engine.requests
     assert (first.max_tokens, first.stop, second.max_tokens, second.stop) == (3, ("\n",), 8, ())
     assert first.seed != second.seed
+    assert (first.in_flight, second.in_flight) == ("hop", "hop")
     assert (first.group, second.group) == (5, 5), "so that one of several engines gets both"

@@ -49,6 +49,18 @@ def test_advantages_are_of_the_group_and_weights_of_the_batch() -> None:
     assert samples[1].loss_weights[-1] == pytest.approx(0.1)
 
 
+def test_a_token_is_as_stale_as_the_version_that_sampled_it() -> None:
+    hopped = replace(rollout(1, 3), token_versions=np.array([3, 3, 4, 5], np.int32))
+    later = replace(rollout(1, 1), policy_version=4)  # its first token was sampled when the next version was there
+    stale = replace(group(1, (rollout(1, 1), hopped, later), (0.0, 1.0, 0.0)), staleness=2)  # trained by version 5
+    samples = make_samples([stale], group_centred, token_weights)
+    assert [sample.staleness.tolist() for sample in samples if sample.staleness is not None] == [
+        [2, 2],
+        [2, 2, 1, 0],
+        [1, 1],
+    ]
+
+
 def test_every_sample_counts_the_same_with_sequence_weights() -> None:
     samples = make_samples(GROUPS, group_centred, sequence_weights)
     assert [float(s.loss_weights[s.loss_mask].sum()) for s in samples] == pytest.approx([0.25] * 4)

@@ -38,11 +38,12 @@ class Replicas:
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         """See `Engine.generate`. A version is served when all replicas hold it."""
-        if request.policy_version not in self._homes:
-            raise EngineError(
-                f"policy version {request.policy_version} is not loaded; the engines serve {sorted(self._homes)}"
-            )
-        replica = self._route(request)
+        version = request.policy_version
+        if request.in_flight != "finish" and self._homes and version not in self._homes:
+            version = max(self._homes)  # the newest samples it, also when the one that the group began with is gone
+        if version not in self._homes:
+            raise EngineError(f"policy version {version} is not loaded; the engines serve {sorted(self._homes)}")
+        replica = self._route(version, request.group)
         replica.num_in_flight += request.n
         try:
             return await replica.engine.generate(request)
@@ -92,14 +93,14 @@ class Replicas:
         for replica in self._replicas:
             replica.engine.reset_longest_gap()
 
-    def _route(self, request: GenerationRequest) -> _Replica:
-        if request.group is None:
+    def _route(self, version: int, group: int | None) -> _Replica:
+        if group is None:
             return self._least_loaded()
-        homes = self._homes[request.policy_version]
-        if request.group not in homes:
-            homes[request.group] = self._least_loaded()
-            homes[request.group].num_groups += 1
-        return homes[request.group]
+        homes = self._homes[version]
+        if group not in homes:
+            homes[group] = self._least_loaded()
+            homes[group].num_groups += 1
+        return homes[group]
 
     def _least_loaded(self) -> _Replica:
         return min(self._replicas, key=lambda replica: (replica.num_in_flight, replica.num_groups))

@@ -50,7 +50,6 @@ class VllmEngine:
         self._serves_hops = serves_hops
         self._flights = Flights()
         self._versions: dict[int, _Version] = {}
-        self._newest = -1
         self._num_published = 0
         self._first_token_seconds: dict[int, float] = {}
         self._num_in_flight = 0
@@ -122,26 +121,13 @@ class VllmEngine:
     async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
         """See `Engine.publish`."""
         started = time.monotonic()
-        try:
-            ranks = await self._call_workers("refit_load", version, asdict(ticket), self._serves_hops)
-        except EngineError:
-            raise
-        except Exception as error:  # vLLM hands on what a worker raises as a plain Exception with its text
-            if version not in self._versions:  # other ranks may have taken it
+        ranks = await self._call_workers("refit_load", version, asdict(ticket), self._serves_hops)
+        if problem := _first_problem(ranks, ticket):
+            if version not in self._versions:  # some ranks may hold it
                 await self._call_workers("refit_drop", version)
-            raise RefitError(f"the engine refused policy version {version}: {error}") from error
-        for rank, held in enumerate(ranks):
-            if held["digest"] != ticket.digest or held["different"]:
-                await self._call_workers("refit_drop", version)
-                where = f"first in {held['different']}" if held["different"] else "already as they arrived"
-                raise RefitError(
-                    f"engine rank {rank} holds {held['digest']} for policy version {version}, but the trainer sent "
-                    f"{ticket.digest} (they differ {where}): the engine would have sampled from other weights than those "
-                    "that were trained"
-                )
+            raise RefitError(f"the engine refused policy version {version}: {problem}")
         self._num_published += 1
         self._versions[version] = _Version(f"policy-v{version}-{self._num_published}", time.monotonic())
-        self._newest = version
         if self._serves_hops:
             self._flights.swap(Swap(version, ranks[0]["swapped_at"], ranks[0]["num_sampled"]))
         if to_restart := self._flights.to_restart(version):
@@ -179,6 +165,10 @@ class VllmEngine:
     def reset_longest_gap(self) -> None:
         """See `Engine.reset_longest_gap`."""
         self._load.longest_gap_seconds = 0.0
+
+    @property
+    def _newest(self) -> int:
+        return max(self._versions, default=-1)
 
     def _check(self, request: GenerationRequest) -> None:
         pinned = request.in_flight == "finish"
@@ -243,6 +233,19 @@ class VllmEngine:
             if vllm_compat.is_death(error):
                 raise EngineError(self._last_words) from error
             raise
+
+
+def _first_problem(ranks: Sequence[dict[str, Any]], ticket: AdapterTicket) -> str | None:
+    for rank, held in enumerate(ranks):
+        if "error" in held:
+            return f"{held['error']} (rank {rank})"
+        if held["digest"] != ticket.digest or held["different"]:
+            where = f"first in {held['different']}" if held["different"] else "already as they arrived"
+            return (
+                f"rank {rank} holds {held['digest']}, but the trainer sent {ticket.digest} (they differ {where}): the engine "
+                "would have sampled from other weights than those that were trained"
+            )
+    return None
 
 
 def _lora_request(name: str, adapter_id: int) -> Any:

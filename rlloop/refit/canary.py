@@ -94,7 +94,7 @@ class Canary:
         return {"refit/canary_difference": difference, "time/canary": monotonic() - started}
 
     async def _sample(self) -> list[Completion]:
-        with self._refit.lease() as version, self._events.span("canary", "refit", policy_version=version):
+        with self._refit.pin() as version, self._events.span("canary", "refit", policy_version=version):
             request = GenerationRequest(
                 self._prompt, version, self._max_tokens, self._temperature, n=NUM_COMPLETIONS, seed=version
             )

@@ -62,8 +62,7 @@ class Slots:
         if not self.are_sharded:
             return whole
         return [
-            _shard(place, name, each)
-            for place, (name, _), each in zip(self._places, self.manifest, whole, strict=True)
+            _shard(place, name, each) for place, (name, _), each in zip(self._places, self.manifest, whole, strict=True)
         ]
 
     def fill(self, adapter_id: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:

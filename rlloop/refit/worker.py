@@ -7,6 +7,7 @@ in silence, and the base model is sampled. So everything is checked before the l
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -28,15 +29,20 @@ class LoraRefit:
     def refit_load(self, version: int, ticket: dict[str, Any], serves_hops: bool) -> dict[str, Any]:
         """Load a version into a free slot, and into that of the requests that hop.
 
-        Raises ValueError, with the slots as they were, on anything vLLM would ignore.
+        -> `error`, with the slots as they were, on anything vLLM would ignore. Not raised: vLLM stops listening to the other
+        ranks then, and takes their answers for those of the next call.
         """
-        if "_refit" not in self.__dict__:
-            self._refit = _Refit(self.model_runner.lora_manager)
-        report = self._refit.load(version, ticket)
-        if serves_hops and not report["different"] and report["digest"] == ticket["digest"]:
-            report |= self._refit.swap()
-            report["num_sampled"] = vllm_compat.num_sampled_tokens(self.model_runner)
-        return report
+        try:
+            if "_refit" not in self.__dict__:
+                self._refit = _Refit(self.model_runner.lora_manager)
+            report = self._refit.load(version, ticket)
+            if serves_hops and not report["different"] and report["digest"] == ticket["digest"]:
+                report |= self._refit.swap()
+                report["num_sampled"] = vllm_compat.num_sampled_tokens(self.model_runner)
+            return report
+        except Exception as error:
+            logging.getLogger("vllm.rlloop").exception("policy version %d", version)
+            return {"error": str(error)}
 
     def refit_drop(self, version: int) -> bool:
         """Free a version's slot."""
@@ -90,7 +96,7 @@ class _Refit:
             }
 
     def swap(self) -> dict[str, Any]:
-        """Give requests that hop what was loaded last. Forward passes that run still read the slot: on their stream, after them."""
+        """Give requests that hop what was loaded last; on the stream of the forward passes, of which one may still read it."""
         swapped_at = time.monotonic()
         held = self._slots.fill(HOPPING_ID, self._parts)
         return {"swapped_at": swapped_at, "different": first_difference(self._slots.manifest, self._parts, held)}

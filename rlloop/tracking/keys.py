@@ -55,6 +55,10 @@ DOCUMENTED: dict[str, Metric] = {
         "versions", "Trainer's version - version that sampled, mean over the step's groups.", "sample/staleness_mean"
     ),
     "async/staleness_max": Metric("versions", "Greatest of that.", "sample/staleness_max"),
+    "async/token_staleness_mean": Metric("versions", "The same of each sampled token, mean over the step's tokens."),
+    "async/frac_mixed_versions": Metric(
+        "fraction", "Rollouts that more than one version sampled: `--refit.in_flight`."
+    ),
     "async/in_flight": Metric("groups", "Being sampled or scored when the step ended.", "rollout/inflight (rollouts)"),
     "async/dropped_groups": Metric("groups", "Sampled but not trained since the step before, for any reason."),
     "async/dropped_stale": Metric("groups", "Of those: too old.", "sample/dropped_stale_total (total)"),

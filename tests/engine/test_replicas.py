@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rlloop.engine.fake import FakeEngine
 from rlloop.engine.replicas import Replicas
 from rlloop.errors import EngineError, RefitError
-from rlloop.types import AdapterTicket, Completion, EngineStatistics, GenerationRequest, RefitReport
+from rlloop.types import AdapterTicket, Completion, EngineStatistics, GenerationRequest, InFlight, RefitReport
 
 pytestmark = pytest.mark.anyio
 
@@ -273,3 +273,15 @@ def test_a_groups_replica_does_not_depend_on_its_tokens() -> None:
         assert sorted(map(tuple, by_group.values())) == [(0,), (0,), (1,), (1,)]
 
     anyio.run(run)
+
+
+@pytest.mark.parametrize("in_flight", ["restart", "hop"])
+async def test_a_request_that_moves_on_outlives_the_version_that_its_group_began_with(in_flight: InFlight) -> None:
+    first, second = Engine(), Engine()
+    replicas = await published(first, second)
+    await replicas.publish(1, TICKET)
+    await replicas.retire(0)
+    [completion] = await replicas.generate(replace(request(0, group=3), in_flight=in_flight))
+    assert completion.policy_version == 1
+    await replicas.generate(replace(request(1, group=3), in_flight=in_flight))
+    assert sorted([len(first.came), len(second.came)]) == [0, 2], "the group stays where it is"

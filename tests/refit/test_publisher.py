@@ -12,15 +12,15 @@ from rlloop.errors import RefitError
 from rlloop.events import Events
 from rlloop.refit.publisher import Refit
 from rlloop.trainer.fake import FakeTrainer
-from rlloop.types import AdapterTicket, LoraConfig, RefitReport
+from rlloop.types import AdapterTicket, InFlight, LoraConfig, RefitReport
 
 pytestmark = pytest.mark.anyio
 
 
-async def make_refit(engine: FakeEngine, num_versions: int) -> Refit:
+async def make_refit(engine: FakeEngine, num_versions: int, in_flight: InFlight = "finish") -> Refit:
     trainer = FakeTrainer()
     await trainer.create_adapter("policy", LoraConfig())
-    return Refit(trainer, engine, "policy", num_versions, Events(None))
+    return Refit(trainer, engine, "policy", num_versions, Events(None), in_flight)
 
 
 async def test_a_lease_is_on_the_newest_version(anyio_backend: str) -> None:
@@ -46,6 +46,21 @@ async def test_a_leased_version_stays_and_others_go(anyio_backend: str) -> None:
             assert engine.versions == {0, version - 1, version}
     await refit.publish(6)
     assert engine.versions == {5, 6}
+
+
+@pytest.mark.parametrize("in_flight", ["restart", "hop"])
+async def test_a_lease_keeps_nothing_where_requests_move_on(in_flight: InFlight, anyio_backend: str) -> None:
+    engine = FakeEngine()
+    refit = await make_refit(engine, 3, in_flight)
+    await refit.publish(0)
+    with refit.lease() as begins_with, refit.pin() as pinned:
+        assert (begins_with, pinned) == (0, 0)
+        await refit.publish(1)
+        with refit.lease() as next_one:
+            assert next_one == 1
+            for version in range(2, 5):
+                await refit.publish(version)
+                assert engine.versions == {0, version - 1, version}, "1 is not kept, 0 is pinned"
 
 
 async def test_publish_waits_for_a_slot(anyio_backend: str) -> None:

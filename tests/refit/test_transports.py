@@ -141,8 +141,9 @@ def test_the_gpus_memory_wants_a_gpu() -> None:
 def test_a_tensor_that_differs_is_named() -> None:
     manifest = [("a", (2, 3)), ("b", (1, 4)), ("c", (2, 2))]
     flat = torch.arange(14.0)
-    held = [flat[:6].view(2, 3).clone(), flat[6:10].view(1, 4).clone(), flat[10:].view(2, 2).clone()]
-    assert first_difference(manifest, flat, held) is None
+    sent = [flat[:6].view(2, 3), flat[6:10].view(1, 4), flat[10:].view(2, 2)]
+    held = [each.clone() for each in sent]
+    assert first_difference(manifest, sent, held) is None
     held[1][0, 3] += 1
     held[2][0, 0] += 1
-    assert first_difference(manifest, flat, held) == "b"
+    assert first_difference(manifest, sent, held) == "b"

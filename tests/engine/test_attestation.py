@@ -1,0 +1,64 @@
+"""What the engine says when its ranks do not all hold what the trainer sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlloop.engine.vllm import VllmEngine
+from rlloop.engine.vllm_compat import Load
+from rlloop.errors import EngineError, RefitError
+from rlloop.types import AdapterTicket, GenerationRequest
+
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
+
+TICKET = AdapterTicket((), 1, "float32", "new", "memory", "", num_bytes=7, export_seconds=0.0)
+SECONDS = {"transfer_seconds": 0.0, "load_seconds": 0.0, "verify_seconds": 0.0}
+RIGHT = {"digest": "new", "different": None, **SECONDS}
+
+
+class FakeLlm:
+    """vLLM with ranks that answer a load as told."""
+
+    def __init__(self) -> None:
+        self.ranks: list[dict[str, Any]] = [RIGHT, RIGHT]
+        self.calls: list[tuple[str, int]] = []
+        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=SimpleNamespace(processes=[])))
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        self.calls.append((method, args[0]))
+        return self.ranks if method == "refit_load" else [True, True]
+
+
+@pytest.mark.parametrize(
+    ("rank_1", "message"),
+    [
+        (RIGHT | {"digest": "old"}, "rank 1 holds old, but the trainer sent new .they differ already as they arrived"),
+        (RIGHT | {"different": "layers.3.q_proj"}, "rank 1 holds new.* first in layers.3.q_proj"),
+        ({"error": "no layer is called qq_proj"}, r"no layer is called qq_proj \(rank 1\)"),
+    ],
+    ids=["a rank that read what was there before", "a rank whose slot is wrong", "a rank that refuses"],
+)
+async def test_one_rank_is_enough_to_refuse_a_version(rank_1: dict[str, Any], message: str) -> None:
+    llm = FakeLlm()
+    engine = VllmEngine(llm, Load(), 100, Path("engine.log"))
+    await engine.publish(4, TICKET)
+    llm.ranks = [RIGHT, rank_1]
+    with pytest.raises(RefitError, match=f"policy version 5: {message}"):
+        await engine.publish(5, TICKET)
+    assert llm.calls == [("refit_load", 4), ("refit_load", 5), ("refit_drop", 5)], "rank 0 would have kept it"
+    with pytest.raises(EngineError, match=r"version 5 is not loaded; the engine serves \[4\]"):
+        await engine.generate(GenerationRequest((1,), 5, max_tokens=1))
+
+
+async def test_a_version_that_is_refused_because_it_is_there_stays() -> None:
+    llm = FakeLlm()
+    engine = VllmEngine(llm, Load(), 100, Path("engine.log"))
+    await engine.publish(4, TICKET)
+    llm.ranks = [{"error": "loaded already"}] * 2
+    with pytest.raises(RefitError, match="loaded already"):
+        await engine.publish(4, TICKET)
+    assert [method for method, _ in llm.calls] == ["refit_load", "refit_load"]

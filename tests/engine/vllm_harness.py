@@ -1,0 +1,150 @@
+"""vLLM on a tiny model in float32, and the same model in transformers + peft."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import numpy as np
+import torch
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from rlloop.config import EngineSettings
+from rlloop.engine.vllm import VllmEngine, start_vllm
+from rlloop.processes import guard, shared_memory_prefix
+from rlloop.refit.transports import DiskWriter, MemoryWriter
+from rlloop.types import AdapterTicket, Completion, GenerationRequest
+
+NUM_VERSIONS = 4
+RANK, ALPHA = 4, 8
+PROMPT = tuple(range(100, 140))
+T = TypeVar("T")
+Weights = dict[str, torch.Tensor]
+
+
+class Reference:
+    """The same model in transformers + peft."""
+
+    def __init__(self, model: Path) -> None:
+        import peft
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        self._model = peft.get_peft_model(base, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+        self._parameters = {
+            name.replace(".default.weight", ".weight"): parameter
+            for name, parameter in self._model.named_parameters()
+            if "lora_" in name
+        }
+
+    def random_weights(self, seed: int) -> Weights:
+        generator = torch.Generator().manual_seed(seed)
+        return {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in self._parameters.items()}
+
+    def logprobs(self, weights: Weights, prompt: tuple[int, ...], completion: Completion) -> np.ndarray:
+        """Of the completion's tokens, [T]."""
+        return self.logprobs_of_a_hop([weights], [0], prompt, completion)
+
+    @torch.no_grad()
+    def logprobs_of_a_hop(
+        self, weights: list[Weights], starts: list[int], prompt: tuple[int, ...], completion: Completion
+    ) -> np.ndarray:
+        """[T], where weights i sampled from token starts[i] on, over the keys and values that those before left."""
+        tokens = torch.tensor([[*prompt, *completion.tokens.tolist()]])
+        # The pass that samples a token reads all before it that no earlier pass has read.
+        first_read = [0, *(len(prompt) + start - 1 for start in starts[1:]), tokens.shape[1]]
+        cache, logits = None, []
+        for some, first, end in zip(weights, first_read, first_read[1:], strict=False):
+            for name, parameter in self._parameters.items():
+                parameter.copy_(some[name])
+            output = self._model(tokens[:, first:end], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits[0])
+        every = torch.cat(logits)[:-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+        return every[len(prompt) - 1 :].numpy()
+
+
+@dataclass
+class Harness:
+    engine: VllmEngine
+    portal: BlockingPortal
+    reference: Reference
+    folder: Path
+    segment: str
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def do(self, function: Callable[[], Awaitable[T]]) -> T:
+        """Run on the engine's event loop."""
+        return self.portal.call(function)
+
+    def new_version(self) -> tuple[int, Weights]:
+        number = next(self._numbers)
+        return number, self.reference.random_weights(number)
+
+    def write(self, weights: Weights, transport: str = "memory") -> AdapterTicket:
+        name = f"{self.segment}{uuid.uuid4().hex[:8]}"
+        writer = MemoryWriter("float32", name) if transport == "memory" else DiskWriter("float32", self.folder / name)
+        return writer.write(weights, ALPHA / RANK)
+
+    def publish(self, transport: str = "memory") -> tuple[int, Weights]:
+        version, weights = self.new_version()
+        self.do(lambda: self.engine.publish(version, self.write(weights, transport)))
+        return version, weights
+
+    def generate(self, version: int, **changes: Any) -> list[Completion]:
+        request = GenerationRequest(tokens=PROMPT, policy_version=version, max_tokens=16, seed=7)
+        return self.do(lambda: self.engine.generate(replace(request, **changes)))
+
+    async def wait_for_tokens(self, number: int) -> None:
+        """Until the engine has sampled so many since it started."""
+        while self.engine.statistics().num_generated_tokens < number:  # noqa: ASYNC110 - nothing else tells
+            await anyio.sleep(0.002)
+
+    def retire_all(self) -> None:
+        """Whatever a test did, the engine must be alive after it."""
+        version, weights = self.publish()
+        self.assert_sampled_by(weights, self.generate(version))
+        for loaded in list(self.engine._versions):
+            self.do(lambda loaded=loaded: self.engine.retire(loaded))  # type: ignore[misc]
+
+    def assert_sampled_by(self, weights: Weights, completions: list[Completion]) -> None:
+        for completion in completions:
+            found = self.reference.logprobs(weights, PROMPT, completion)
+            np.testing.assert_allclose(found, completion.logprobs, atol=1e-4)
+
+
+@contextmanager
+def open_harness(model: Path, folder: Path, **arguments: Any) -> Iterator[Harness]:
+    """`arguments` are more of `start_vllm`'s."""
+    environment = dict(os.environ)
+    settings = EngineSettings(max_model_len=512, max_num_seqs=32)
+    try:
+        with guard() as marker, start_blocking_portal("asyncio") as portal:
+            vllm = start_vllm(
+                str(model),
+                settings,
+                dtype="float32",
+                lora_rank=RANK,
+                num_versions=NUM_VERSIONS,
+                log_path=folder / "engine.log",
+                **arguments,
+            )
+            with portal.wrap_async_context_manager(vllm) as engine:
+                prefix = shared_memory_prefix(marker)
+                yield Harness(engine, portal, Reference(model), folder, prefix)
+            del engine, vllm
+            gc.collect()  # vLLM leaves a zmq context to the collector, which warns: here that is no error
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        for segment in Path("/dev/shm").glob(f"{prefix}*"):
+            segment.unlink()
