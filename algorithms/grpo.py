@@ -59,20 +59,15 @@ SURROGATES = {
     "geometric_clipped": "rlloop.losses:geometric_clipped",
 }
 _GRPO = {"advantage": "normalised", "normalisation": "sequence"}
-_SEQUENCES = {**_GRPO, "proximal": "rollout"}
+_TO_SAMPLER = {"advantage": "normalised", "proximal": "rollout"}
+_SEQUENCES = {**_GRPO, **_TO_SAMPLER}
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {**_GRPO, "kl_coef": 0.04},
     "dr_grpo": {"advantage": "centred", "normalisation": "constant"},
     "dapo": {"advantage": "normalised", "clip_high": 0.28, "overlong_buffer": 0.2, "dynamic_sampling": 3.0},
     "gspo": {**_SEQUENCES, "loss": "sequence_clipped", "clip_low": 3e-4, "clip_high": 4e-4},
     "gmpo": {**_SEQUENCES, "loss": "geometric_clipped", "clip_low": 0.4, "clip_high": 0.4},
-    "cispo": {
-        "advantage": "normalised",
-        "proximal": "rollout",
-        "loss": "clipped_weight",
-        "clip_low": 1.0,
-        "clip_high": 4.0,
-    },
+    "cispo": {**_TO_SAMPLER, "loss": "clipped_weight", "clip_low": 1.0, "clip_high": 4.0},
     "rloo": {"advantage": "leave_one_out", "normalisation": "constant", "kl_in": "reward"},
     "reinforce_pp": {"advantage": "raw", "whiten": True, "kl_in": "reward"},
 }

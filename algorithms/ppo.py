@@ -32,8 +32,7 @@ from pydantic import Field, model_validator
 from rlloop.advantages import raw_rewards, token_weights
 from rlloop.backend import Backend
 from rlloop.cli import entry_point
-from rlloop.config import LoraSettings, OptimSettings, Settings
-from rlloop.policy_settings import PolicySettings
+from rlloop.policy_settings import CriticSettings, PolicySettings
 from rlloop.run import POLICY, open_run
 from rlloop.samples import (
     critic_metrics,
@@ -58,24 +57,6 @@ from rlloop.updates import (
 )
 
 CRITIC = "critic"
-
-
-class CriticOptimSettings(OptimSettings):
-    """AdamW, of the critic."""
-
-    lr: float = Field(1e-3, gt=0)
-    """Learning rate."""
-
-
-class CriticSettings(Settings):
-    """The critic: an adapter of its own on the same base, with a scalar head."""
-
-    lora: LoraSettings = LoraSettings()
-    optim: CriticOptimSettings = CriticOptimSettings()
-    trace_decay: float = Field(1.0, ge=0, le=1)
-    """What the critic learns: the rollout's own reward (1), or down to its own word one token ahead (0)."""
-    clip: float | None = Field(None, gt=0)
-    """Hold values within this of the old ones in the loss; without it they are not held."""
 
 
 class Config(PolicySettings):

@@ -1,4 +1,4 @@
-"""Settings of the algorithms that train a policy with a clipped surrogate."""
+"""Settings of the algorithms that train a policy with a clipped surrogate, and of a critic beside it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rlloop.config import RunSettings, Settings
+from rlloop.config import LoraSettings, OptimSettings, RunSettings, Settings
 
 
 class CorrectionSettings(Settings):
@@ -60,3 +60,21 @@ class PolicySettings(RunSettings):
                 "--correction: not used with --proximal rollout, whose ratio is to the policy that sampled"
             )
         return self
+
+
+class CriticOptimSettings(OptimSettings):
+    """AdamW, of the critic."""
+
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate."""
+
+
+class CriticSettings(Settings):
+    """The critic: an adapter of its own on the same base, with a scalar head."""
+
+    lora: LoraSettings = LoraSettings()
+    optim: CriticOptimSettings = CriticOptimSettings()
+    trace_decay: float = Field(1.0, ge=0, le=1)
+    """What the critic learns: the rollout's own reward (1), or down to its own word one token ahead (0)."""
+    clip: float | None = Field(None, gt=0)
+    """Hold values within this of the old ones in the loss; without it they are not held."""
