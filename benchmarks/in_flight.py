@@ -4,7 +4,7 @@
 
 The task is counting (slow_counting.py) without waits: lengths have a long tail, and every publish meets rollouts in flight. Each
 run is a process of its own, one after another; the policies alternate within a seed. `samples/s` counts from the first rollout
-to the last refit; the rest are means over the steps after the first two. `token staleness` is that of the tokens that were trained,
+to the last refit; the rest are means over the steps after the first two. `token staleness` is that of the trained tokens,
 `staleness` that of each group's oldest. `held out` is the last policy's reward on 32 prompts that nobody trained on.
 """
 
