@@ -50,6 +50,7 @@ from rlloop.types import (
     FloatArray,
     GenerationRequest,
     Group,
+    InFlight,
     LoraConfig,
     Metrics,
     OptimResult,
@@ -177,7 +178,7 @@ async def open_fake_run(config: RunSettings, scorer: Any = None, moment: Moment 
                 tokenizer=Tokenizer(),
                 engine=engine,
                 trainer=trainer,
-                refit=Refit(trainer, engine, POLICY, config.num_versions, events),
+                refit=Refit(trainer, engine, POLICY, config.num_versions, events, config.refit.in_flight),
                 ledger=ledger,
                 events=events,
                 tracker=tracker,
@@ -256,15 +257,17 @@ def attempt(config: RunSettings, number: signal.Signals, at: int) -> int:
     every=st.integers(1, 4),
     max_staleness=st.integers(0, 2),
     num_epochs=st.integers(0, 2),
+    in_flight=st.sampled_from(["finish", "restart", "hop"]),
 )
 def test_every_prompt_is_trained_exactly_once_whenever_the_run_is_ended(
-    ends: list[tuple[signal.Signals, int]], every: int, max_staleness: int, num_epochs: int
+    ends: list[tuple[signal.Signals, int]], every: int, max_staleness: int, num_epochs: int, in_flight: InFlight
 ) -> None:
     """By one optimizer step a batch, or in minibatches, with a critic."""
     several: dict[str, Any] = {"kind": ppo.Config, "num_epochs": num_epochs, "num_minibatches": 2} if num_epochs else {}
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        config = make_settings(run_dir, max_staleness=max_staleness, checkpoint={"every": every}, **several)
+        more: dict[str, Any] = {"checkpoint": {"every": every}, "refit": {"in_flight": in_flight}} | several
+        config = make_settings(run_dir, max_staleness=max_staleness, **more)
         done = False
         for number, at in ends:
             status = attempt(config, number, at)
@@ -291,6 +294,23 @@ def test_every_prompt_is_trained_exactly_once_whenever_the_run_is_ended(
         ]
         assert epochs == [list(range(NUM_TASKS))] * 2
         assert not list((run_dir / "checkpoints").glob(".tmp-*"))
+
+
+def test_rollouts_that_move_on_are_of_several_versions_of_which_two_are_loaded(tmp_path: Path) -> None:
+    config = make_settings(tmp_path / "run", num_steps=20, max_staleness=2, refit={"in_flight": "hop"})
+    loaded = []
+
+    async def main() -> None:
+        async with open_fake_run(config, moment=lambda: loaded.append(len(fake.engine.versions))) as fake:
+            await fake.train(update)
+
+    anyio.run(main)
+    assert max(loaded) == 2
+    lines = read_metrics(config.run_dir)
+    assert sum(line["async/frac_mixed_versions"] for line in lines) > 0
+    for line in lines:
+        assert 0 <= line["async/token_staleness_mean"] <= line["async/staleness_mean"] <= 2
+    assert any(line["async/token_staleness_mean"] < line["async/staleness_mean"] for line in lines)
 
 
 def test_an_update_that_fails_halfway_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
