@@ -26,7 +26,7 @@ class PromptTooLong(RlloopError):  # an outcome of one prompt, which is dropped 
 
 
 class Policy(Protocol):
-    """One rollout's access to the engine: pinned to one policy version and one seed."""
+    """One rollout's access to the engine: to the policy version that it began with, or those after it, and with its own seeds."""
 
     @property
     def tokenizer(self) -> Any:

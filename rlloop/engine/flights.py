@@ -24,7 +24,7 @@ class Swap:
     at: float
     """time.monotonic() of the engine's host."""
     num_sampled: Mapping[str, int]
-    """Tokens of each request so far, by id; those that no pass has seen yet, or that have ended, are missing."""
+    """Tokens of each request so far, by id; those that no pass has seen yet, that have ended or are preempted may be missing."""
 
 
 @dataclass(slots=True)
@@ -38,15 +38,13 @@ class Flight:
     swaps: list[Swap] = field(default_factory=list)
     """That it lived through, oldest first; of `hop` only."""
 
-    def token_versions(self, num_tokens: int, last_token_at: float) -> IntArray | None:
-        """[T] which version sampled each token, None if one sampled all; `last_token_at` is on the clock of `Swap.at`."""
-        if not self.swaps:
-            return None
+    def token_versions(self, num_tokens: int, first_token_at: float) -> IntArray:
+        """[T] which version sampled each token; `first_token_at` is on the clock of `Swap.at`."""
         versions = np.full(num_tokens, self.version, np.int32)
         for swap in self.swaps:
-            # Unknown to the engine at the swap: it had ended before, or had not begun.
-            absent = num_tokens if last_token_at < swap.at else 0
-            versions[swap.num_sampled.get(self.request_id, absent) :] = swap.version
+            # Missing at the swap: not begun, or if it had begun, ended or preempted; then all count as older than they may be.
+            missing = 0 if first_token_at >= swap.at else num_tokens
+            versions[swap.num_sampled.get(self.request_id, missing) :] = swap.version
         return versions
 
 

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from rlloop.config import EngineSettings
 from rlloop.engine import vllm_compat
-from rlloop.engine.flights import HOPPING, HOPPING_ID, Flights, Swap, continued, joined
+from rlloop.engine.flights import HOPPING, HOPPING_ID, Flight, Flights, Swap, continued, joined
 from rlloop.errors import EngineError, RefitError
 from rlloop.placement import divide
 from rlloop.processes import blocked_signals
@@ -59,9 +59,6 @@ class VllmEngine:
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         """See `Engine.generate`."""
         self._check(request)
-        if request.stop and request.in_flight == "restart":
-            # A stop string may lie across the cut, where nobody would look for it.
-            request = replace(request, in_flight="finish", policy_version=self._newest)
         found, cut_off = await self._sample(request)
         parts = found
         while cut_off:
@@ -107,16 +104,8 @@ class VllmEngine:
         cut_off = any(output.finish_reason == "abort" for output in final.outputs)
         if cut_off and request.in_flight != "restart":
             raise EngineError("vLLM aborted a request that nobody wanted to end")
-        return [
-            Completion(
-                tokens=np.asarray(output.token_ids, dtype=np.int32),
-                logprobs=np.asarray(output.logprobs.logprobs if output.logprobs else (), dtype=np.float32),
-                policy_version=version,
-                finish_reason="stop" if output.finish_reason == "stop" else "length",
-                token_versions=flight.token_versions(len(output.token_ids), final.metrics.last_token_ts),
-            )
-            for output in final.outputs
-        ], cut_off
+        first_token_at = final.metrics.first_token_ts
+        return [_completion(output, flight, first_token_at) for output in final.outputs], cut_off
 
     async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
         """See `Engine.publish`."""
@@ -130,8 +119,7 @@ class VllmEngine:
         self._versions[version] = _Version(f"policy-v{version}-{self._num_published}", time.monotonic())
         if self._serves_hops:
             self._flights.swap(Swap(version, ranks[0]["swapped_at"], ranks[0]["num_sampled"]))
-        if to_restart := self._flights.to_restart(version):
-            await self._llm.abort(to_restart)
+        await self._restart_stale()
         return RefitReport(
             policy_version=version,
             num_bytes=ticket.num_bytes,
@@ -145,7 +133,10 @@ class VllmEngine:
     async def retire(self, version: int) -> None:
         """See `Engine.retire`."""
         self._first_token_seconds.pop(version, None)
-        del self._versions[version]  # first: from here on `generate` refuses it
+        self._versions.pop(
+            version, None
+        )  # first: from here on `generate` refuses it; gone if an earlier call was cancelled
+        await self._restart_stale()
         await self._flights.leave(version)
         await self._call_workers("refit_drop", version)
 
@@ -166,6 +157,11 @@ class VllmEngine:
         """See `Engine.reset_longest_gap`."""
         self._load.longest_gap_seconds = 0.0
 
+    async def _restart_stale(self) -> None:
+        stale = self._flights.to_restart(self._newest)
+        if stale and self._versions:
+            await self._llm.abort(stale)
+
     @property
     def _newest(self) -> int:
         return max(self._versions, default=-1)
@@ -180,6 +176,11 @@ class VllmEngine:
             raise EngineError(
                 f"a request that may {request.in_flight} asks for one completion of a version up to the newest, "
                 f"{self._newest}; got n {request.n}, policy version {request.policy_version}"
+            )
+        if request.in_flight == "restart" and request.stop:
+            raise EngineError(
+                "a request with stop strings cannot restart, for one may lie across the cut, where nobody looks for it: use "
+                "--refit.in-flight finish or hop"
             )
         if request.in_flight == "hop" and not self._serves_hops:
             raise EngineError("this engine was not started to let requests hop: use --refit.in-flight hop")
@@ -233,6 +234,23 @@ class VllmEngine:
             if vllm_compat.is_death(error):
                 raise EngineError(self._last_words) from error
             raise
+
+
+def _completion(output: Any, flight: Flight, first_token_at: float) -> Completion:
+    """Of one of vLLM's CompletionOutputs."""
+    version, versions = flight.version, None
+    if flight.swaps and output.token_ids:
+        versions = flight.token_versions(len(output.token_ids), first_token_at)
+        version = int(versions[0])
+        if version == versions[-1]:
+            versions = None
+    return Completion(
+        tokens=np.asarray(output.token_ids, dtype=np.int32),
+        logprobs=np.asarray(output.logprobs.logprobs if output.logprobs else (), dtype=np.float32),
+        policy_version=version,
+        finish_reason="stop" if output.finish_reason == "stop" else "length",
+        token_versions=versions,
+    )
 
 
 def _first_problem(ranks: Sequence[dict[str, Any]], ticket: AdapterTicket) -> str | None:

@@ -40,8 +40,8 @@ def occupy_slot(manager: Any, slot: int, adapter_id: int) -> None:
 def num_sampled_tokens(model_runner: Any) -> dict[str, int]:
     """How many tokens each request has that the worker knows, by the id that `generate` was given, between two forward passes.
 
-    There are two model runners; 0.26 has the newer one for dense models on GPUs, CPUs have the older one. vLLM appends a
-    random suffix to ids.
+    There are two model runners; 0.26 has the newer one for dense models on GPUs, CPUs have the older one. The newer one forgets
+    requests that are preempted. vLLM appends a random suffix to ids, unless it is told not to.
     """
     if hasattr(model_runner, "req_states"):
         states = model_runner.req_states
@@ -49,7 +49,7 @@ def num_sampled_tokens(model_runner: Any) -> dict[str, int]:
         found = {request: lengths[index] for request, index in states.req_id_to_index.items()}
     else:
         found = {request: len(state.output_token_ids) for request, state in model_runner.requests.items()}
-    return {request.rpartition("-")[0]: number for request, number in found.items()}
+    return {request.partition("-")[0]: number for request, number in found.items()}
 
 
 def sentinels(llm: Any) -> list[int]:

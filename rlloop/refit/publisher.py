@@ -84,9 +84,10 @@ class Refit:
         while True:
             self._lease_ended = Event()
             for old in sorted(v for v in self._served if not self._leases[v] and v != self.latest):
-                await self._engine.retire(old)
-                self._served.remove(old)
-                del self._leases[old]
+                with CancelScope(shield=True):  # half retired, its slot would stay taken
+                    await self._engine.retire(old)
+                    self._served.remove(old)
+                    del self._leases[old]
             if len(self._served) < self._num_versions:
                 return
             await self._lease_ended.wait()

@@ -31,7 +31,8 @@ class Slots:
             for name, layer in manager.modules.items()
             for index, part in enumerate(manager.packed_modules.get(name, [name]))
         }
-        self.are_sharded = any(layer.tp_size > 1 for layer, _ in self._layers.values())
+        # An embedding's layer has no such attribute in vLLM 0.26.
+        self.are_sharded = any(getattr(layer, "tp_size", 1) > 1 for layer, _ in self._layers.values())
         """Each of several tensor-parallel ranks holds a part of every A or B."""
         self.manifest: Manifest = []
         """Of the adapters that have the present arrangement."""
@@ -94,10 +95,18 @@ class Slots:
 
 
 def first_difference(manifest: Manifest, sent: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> str | None:
-    """The name of a tensor that a slot does not hold as it was sent."""
-    if torch.equal(*(torch.cat([each.reshape(-1) for each in side]) for side in (sent, held))):
+    """The name of a tensor of which a slot does not hold the very bits that were sent."""
+    if torch.equal(_bits(sent), _bits(held)):
         return None
-    return next(name for (name, _), one, other in zip(manifest, sent, held, strict=True) if not one.equal(other))
+    return next(
+        name
+        for (name, _), one, other in zip(manifest, sent, held, strict=True)
+        if not _bits([one]).equal(_bits([other]))
+    )
+
+
+def _bits(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([each.reshape(-1) for each in tensors]).view(torch.uint8)
 
 
 def _shard(place: Place, name: str, whole: torch.Tensor) -> torch.Tensor:

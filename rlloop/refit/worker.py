@@ -39,6 +39,7 @@ class LoraRefit:
             if serves_hops and not report["different"] and report["digest"] == ticket["digest"]:
                 report |= self._refit.swap()
                 report["num_sampled"] = vllm_compat.num_sampled_tokens(self.model_runner)
+                report["load_seconds"] += time.monotonic() - report["swapped_at"]
             return report
         except Exception as error:
             logging.getLogger("vllm.rlloop").exception("policy version %d", version)

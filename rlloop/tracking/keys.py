@@ -90,7 +90,8 @@ DOCUMENTED: dict[str, Metric] = {
         "NaN in a step without one.",
     ),
     "refit/first_token_seconds": Metric(
-        "seconds", "From the end of the last publish whose version has sampled to the first token that it sampled."
+        "seconds",
+        "From the end of the last publish whose version has sampled to its first token in a request that began with it.",
     ),
     "refit/longest_gap_seconds": Metric(
         "seconds", "Longest time between two tokens of one request since the step before, the refit included."

@@ -6,14 +6,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import pytest
 
 from rlloop.engine.vllm import VllmEngine
 from rlloop.engine.vllm_compat import Load
 from rlloop.errors import EngineError, RefitError
+from rlloop.refit.slots import Slots
 from rlloop.types import AdapterTicket, GenerationRequest
 
-pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """vLLM's."""
+    return "asyncio"
+
 
 TICKET = AdapterTicket((), 1, "float32", "new", "memory", "", num_bytes=7, export_seconds=0.0)
 SECONDS = {"transfer_seconds": 0.0, "load_seconds": 0.0, "verify_seconds": 0.0}
@@ -62,3 +71,29 @@ async def test_a_version_that_is_refused_because_it_is_there_stays() -> None:
     with pytest.raises(RefitError, match="loaded already"):
         await engine.publish(4, TICKET)
     assert [method for method, _ in llm.calls] == ["refit_load", "refit_load"]
+
+
+async def test_a_retire_that_was_cancelled_can_be_made_up_for() -> None:
+    llm = FakeLlm()
+    engine = VllmEngine(llm, Load(), 100, Path("engine.log"))
+    await engine.publish(4, TICKET)
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await engine.retire(4)
+    await engine.retire(4)
+    assert ("refit_drop", 4) in llm.calls
+
+
+async def test_stop_strings_and_restarts_exclude_each_other() -> None:
+    engine = VllmEngine(FakeLlm(), Load(), 100, Path("engine.log"))
+    await engine.publish(4, TICKET)
+    with pytest.raises(EngineError, match="stop strings cannot restart"):
+        await engine.generate(GenerationRequest((1,), 4, max_tokens=1, stop=("\n",), in_flight="restart"))
+
+
+def test_slots_need_no_tensor_parallel_size_of_layers_without_adapters() -> None:
+    """Embeddings have none in vLLM 0.26."""
+    layers = {"embed": SimpleNamespace(), "down_proj": SimpleNamespace(tp_size=1)}
+    assert not Slots(SimpleNamespace(modules=layers, packed_modules={})).are_sharded
+    layers["down_proj"].tp_size = 2
+    assert Slots(SimpleNamespace(modules=layers, packed_modules={})).are_sharded

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import anyio
 import numpy as np
 import pytest
+import torch
 from anyio.abc import TaskStatus
 
 from rlloop.engine.flights import Flights, Swap, continued, joined
+from rlloop.engine.vllm import _completion
+from rlloop.engine.vllm_compat import num_sampled_tokens
 from rlloop.types import Completion, GenerationRequest, InFlight
 
 pytestmark = pytest.mark.anyio
@@ -26,24 +30,48 @@ def test_a_swap_is_where_the_engine_saw_it() -> None:
     with flights.start(3, "hop") as flight, flights.start(3, "finish") as pinned, flights.start(3, "hop") as other:
         flights.swap(Swap(4, 10.0, {flight.request_id: 2, pinned.request_id: 1, other.request_id: 5}))
         flights.swap(Swap(5, 20.0, {flight.request_id: 4, pinned.request_id: 3, other.request_id: 5}))
-    versions = flight.token_versions(6, last_token_at=25.0)
-    assert versions is not None
+    versions = flight.token_versions(6, first_token_at=5.0)
     assert versions.tolist() == [3, 3, 4, 4, 5, 5]
     assert versions.dtype == np.int32
-    assert pinned.token_versions(6, 25.0) is None
-    versions = other.token_versions(6, 25.0)
-    assert versions is not None
-    assert versions.tolist() == [3, 3, 3, 3, 3, 5]  # version 4 sampled nothing of it
+    assert (pinned.token_versions(6, 5.0) == 3).all()
+    assert other.token_versions(6, 5.0).tolist() == [3, 3, 3, 3, 3, 5]  # version 4 sampled nothing of it
 
 
-def test_a_request_that_the_engine_does_not_know_at_a_swap_had_ended_or_not_begun() -> None:
+def test_a_request_that_the_engine_does_not_know_at_a_swap_has_not_begun_or_counts_as_old() -> None:
+    """Having begun, it has ended or is preempted, which vLLM's newer model runner forgets."""
     flights = Flights()
     with flights.start(3, "hop") as flight:
         flights.swap(Swap(4, 10.0, {}))
-    ended, begun = flight.token_versions(2, last_token_at=9.0), flight.token_versions(2, last_token_at=11.0)
-    assert ended is not None
-    assert begun is not None
-    assert (ended.tolist(), begun.tolist()) == ([3, 3], [4, 4])
+    assert flight.token_versions(2, first_token_at=9.0).tolist() == [3, 3]
+    assert flight.token_versions(2, first_token_at=11.0).tolist() == [4, 4]
+
+
+def test_a_hop_before_the_first_token_is_none() -> None:
+    flights = Flights()
+    output = SimpleNamespace(token_ids=[7, 8], logprobs=None, finish_reason="length")
+    with flights.start(3, "hop") as flight:
+        flights.swap(Swap(4, 10.0, {}))
+    whole = _completion(output, flight, first_token_at=11.0)
+    assert (whole.policy_version, whole.token_versions) == (4, None)
+    flight.swaps.append(Swap(5, 12.0, {flight.request_id: 1}))
+    mixed = _completion(output, flight, first_token_at=11.0)
+    assert mixed.token_versions is not None
+    assert (mixed.policy_version, mixed.token_versions.tolist()) == (4, [4, 5])
+    nothing = _completion(SimpleNamespace(token_ids=[], logprobs=None, finish_reason="abort"), flight, 0.0)
+    assert (nothing.policy_version, nothing.token_versions, len(nothing.logprobs)) == (3, None, 0)
+
+
+def test_both_model_runners_say_how_many_tokens_there_are() -> None:
+    older = SimpleNamespace(
+        requests={"7-ab12": SimpleNamespace(output_token_ids=[1, 2]), "8": SimpleNamespace(output_token_ids=[])}
+    )
+    assert num_sampled_tokens(older) == {"7": 2, "8": 0}
+    states = SimpleNamespace(
+        total_len=SimpleNamespace(gpu=torch.tensor([0, 12, 9], dtype=torch.int32)),
+        prompt_len=SimpleNamespace(np=np.array([5, 10, 9], np.int32)),  # the first is of a request that has ended
+        req_id_to_index={"7-ab12": 1, "8-cd34": 2},
+    )
+    assert num_sampled_tokens(SimpleNamespace(req_states=states)) == {"7": 2, "8": 0}
 
 
 def test_those_that_restart_are_cut_off_once() -> None:

@@ -144,6 +144,8 @@ def test_a_tensor_that_differs_is_named() -> None:
     sent = [flat[:6].view(2, 3), flat[6:10].view(1, 4), flat[10:].view(2, 2)]
     held = [each.clone() for each in sent]
     assert first_difference(manifest, sent, held) is None
+    sent[0][0, 0] = held[0][0, 0] = float("nan")
+    assert first_difference(manifest, sent, held) is None, "the bits are the same"
     held[1][0, 3] += 1
     held[2][0, 0] += 1
     assert first_difference(manifest, sent, held) == "b"
