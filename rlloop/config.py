@@ -300,7 +300,8 @@ class RunSettings(TrainingSettings):
     group_size: int = Field(8, ge=1)
     """Rollouts of one prompt."""
     dynamic_sampling: float = Field(0.0, ge=0)
-    """Each step up to this times groups_per_step groups whose rewards are equal, which teaches little, are replaced."""
+    """Groups whose rewards are all equal, which teach nothing without a critic, are replaced: each step up to this times
+    groups_per_step."""
     curriculum: CurriculumSettings = CurriculumSettings()
     max_staleness: int = Field(2, ge=0)
     """How many versions older than the trainer's a rollout may be; 0 is the synchronous loop."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlloop.errors import BadEnvironmentError, ConfigError, RlloopError
 from rlloop.plugins import is_path, load_object, suggest
-from rlloop.types import Completion, IntArray, Message, Rollout
+from rlloop.types import Completion, Message, Rollout
 
 ENTRY_POINTS = "rlloop.environments"
 
@@ -111,8 +111,10 @@ class Trajectory:
         loss_mask = np.array(self._loss_mask, dtype=np.bool_)
         assert np.array_equal(tokens[loss_mask], np.concatenate([c.tokens for c in self._completions]))
         oldest = min(c.policy_version for c in self._completions)
-        versions = np.full(len(tokens), oldest, np.int32)
-        versions[loss_mask] = np.concatenate([_token_versions(c) for c in self._completions])
+        versions = None
+        if any(c.token_versions is not None or c.policy_version != oldest for c in self._completions):
+            versions = np.full(len(tokens), oldest, np.int32)
+            versions[loss_mask] = np.concatenate([c.versions for c in self._completions])
         return Rollout(
             tokens=tokens,
             loss_mask=loss_mask,
@@ -122,14 +124,8 @@ class Trajectory:
             num_turns=len(self._completions),
             text=text,
             metrics=metrics or {},
-            token_versions=None if (versions == oldest).all() else versions,
+            token_versions=versions,
         )
-
-
-def _token_versions(completion: Completion) -> IntArray:
-    if completion.token_versions is not None:
-        return completion.token_versions
-    return np.full(len(completion.tokens), completion.policy_version, np.int32)
 
 
 class MessageEnvironment(ABC):

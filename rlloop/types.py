@@ -74,6 +74,13 @@ class Completion:
     token_versions: IntArray | None = None
     """[T] the version that sampled each token; None where one sampled them all."""
 
+    @property
+    def versions(self) -> IntArray:
+        """[T] the version that sampled each token."""
+        if self.token_versions is not None:
+            return self.token_versions
+        return np.full(len(self.tokens), self.policy_version, np.int32)
+
 
 @dataclass(frozen=True, slots=True)
 class Rollout:

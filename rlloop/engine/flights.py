@@ -99,10 +99,11 @@ def joined(parts: list[Completion]) -> Completion:
     """The parts of one completion, in order."""
     if len(parts) == 1:
         return parts[0]
+    versions = np.concatenate([part.versions for part in parts])
     return Completion(
         tokens=np.concatenate([part.tokens for part in parts]),
         logprobs=np.concatenate([part.logprobs for part in parts]),
-        policy_version=min(part.policy_version for part in parts if len(part.tokens)),
+        policy_version=int(versions.min()),
         finish_reason=parts[-1].finish_reason,
-        token_versions=np.concatenate([np.full(len(part.tokens), part.policy_version, np.int32) for part in parts]),
+        token_versions=None if (versions == versions[0]).all() else versions,
     )

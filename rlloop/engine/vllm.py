@@ -133,9 +133,8 @@ class VllmEngine:
     async def retire(self, version: int) -> None:
         """See `Engine.retire`."""
         self._first_token_seconds.pop(version, None)
-        self._versions.pop(
-            version, None
-        )  # first: from here on `generate` refuses it; gone if an earlier call was cancelled
+        # First: from here on `generate` refuses it. It is gone already if an earlier call was cancelled.
+        self._versions.pop(version, None)
         await self._restart_stale()
         await self._flights.leave(version)
         await self._call_workers("refit_drop", version)

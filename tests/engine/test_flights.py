@@ -116,3 +116,4 @@ def test_a_completion_goes_on_where_it_was_cut_off() -> None:
     assert whole.token_versions.tolist() == [0, 0, 3]
     assert joined([first]) is first
     assert joined([completion(0), completion(2, 9)]).policy_version == 2
+    assert joined([completion(0), completion(2, 9)]).token_versions is None
