@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MYPY := ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache
-BENCH ?= quickstart parity refit overlap against_trl cpu_lora loop_overhead on_stale on_stale_learning
+BENCH ?= quickstart parity refit overlap against_trl cpu_lora loop_overhead on_stale
 
 # Where it is set, as in many containers, each of a run's processes would compile vLLM and torch anew, for half a minute.
 unexport PYTHONDONTWRITEBYTECODE

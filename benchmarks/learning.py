@@ -6,8 +6,9 @@
 All runs use one engine and one trainer, one after another. Each is kept as it ends, in results/<name>.jsonl, and one that is
 there is not run again; the table and the picture show all of them. Settings are examples/quickstart.toml's but for the task and
 max_staleness 2, the same for all; `default` is `rlloop grpo` without a preset, `normalised` the same but divided by the group's
-standard deviation. On one GPU that engine and trainer share add `--engine.kv_cache_gib 8`. results/<name>.png: a panel
-a task, a line the mean over seeds, a band from the lowest to the highest.
+standard deviation; `ppo` has 64 prompts a step, `ppo_groups` as all others eight, with eight answers each. On one GPU that
+engine and trainer share add `--engine.kv_cache_gib 8`. results/<name>.png: a panel a task, a line the mean over seeds, a band
+from the lowest to the highest.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ ALGORITHMS = {
     "default": ("grpo",),
     "normalised": ("grpo", "--advantage", "normalised"),
     **{preset: ("grpo", "--preset", preset) for preset in PRESETS},
-    "ppo": ("ppo", "--optim.lr", "1e-4"),  # four optimizer steps a batch: at the others' 3e-4 it collapses now and then
+    # Four optimizer steps a batch: at the others' 3e-4 it collapses now and then. No prompt needs several answers.
+    "ppo": ("ppo", "--optim.lr", "1e-4", "--groups_per_step", "64", "--group_size", "1"),
+    "ppo_groups": ("ppo", "--optim.lr", "1e-4"),
 }
 COMMON = ("--engine.max_model_len", "256", "--max_staleness", "2", "--checkpoint.every", "1000")
 REASONING_GYM = ("--env", "reasoning_gym", "--sampling.max_tokens", "16")
@@ -92,7 +95,9 @@ def draw(runs: list[Run], path: Path) -> None:
     tasks = [task for task in TASKS if any(run["task"] == task for run in runs)]
     figure, axes = pyplot.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.5), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
-        for algorithm, color in zip(ALGORITHMS, [*(f"C{number}" for number in range(10)), "black"], strict=True):
+        for algorithm, color in zip(
+            ALGORITHMS, [*(f"C{number}" for number in range(10)), "black", "gold"], strict=True
+        ):
             curves = [run["rewards"] for run in runs if (run["task"], run["algorithm"]) == (task, algorithm)]
             if not curves:
                 continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,29 @@ def test_flash_attention_is_packed_attention(group_size: int) -> None:
     ]
     for got, right in zip(found, expected, strict=True):
         torch.testing.assert_close(got, right, atol=6e-2, rtol=6e-2)
+
+
+COMPILED_ROTATION = """
+import sys, torch
+from rlloop.trainer.megatron import layer
+num_groups, per_group = map(int, sys.argv[1:])
+for num_tokens in (432, 64, 96):
+    cos, sin = torch.randn(2, num_tokens, 32, device="cuda")
+    grouped = torch.randn(num_tokens, num_groups, per_group + 2, 64, device="cuda")
+    one, other = (grouped.clone().requires_grad_() for _ in range(2))
+    by_autograd = layer.split_and_rotate(one, cos, sin, None, None, 0.0)
+    gradients = [torch.randn_like(each) for each in by_autograd]
+    torch.autograd.backward(by_autograd, gradients)
+    torch.autograd.backward(layer._SplitAndRotate.apply(other, cos, sin), gradients)
+    torch.testing.assert_close(one.grad, other.grad)
+"""
+
+
+def test_what_was_compiled_for_one_model_serves_no_other(tmp_path: Path) -> None:
+    """Torch's cache on disk once gave one model's backward pass to the next, which has other numbers of heads."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for heads in (("3", "3"), ("2", "2"), ("3", "2")):
+        subprocess.run([sys.executable, "-c", COMPILED_ROTATION, *heads], check=True, env=environment)
 
 
 def test_graphs_change_nothing(tmp_path: Path) -> None:

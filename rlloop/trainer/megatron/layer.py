@@ -188,14 +188,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype), rest], dim=-1)
 
 
-def rotate_back(d_rotated: Tensor, cos: Tensor, sin: Tensor, d_first: Tensor, d_second: Tensor) -> None:
-    """The gradient of `_rotate`'s input, its two halves; all [T, ..., D / 2 or D] but cos and sin."""
+def rotate_back(d_query: Tensor, d_key: Tensor, cos: Tensor, sin: Tensor, *halves: Tensor) -> None:
+    """The gradients of what `_rotate` took, into their halves: query's first and second, key's first and second.
+
+    Both at once: for shapes that take turns torch compiles what takes any shape, keeps it on disk, and finds it again for another
+    model, though the sizes of the buffer that the halves lie in are compiled in.
+    """
     half = cos.shape[-1]
-    shape = (-1, *[1] * (d_rotated.dim() - 2), half)
-    cos, sin = cos.view(shape), sin.view(shape)
-    first, second = d_rotated[..., :half].float(), d_rotated[..., half : 2 * half].float()
-    d_first.copy_(first * cos + second * sin)
-    d_second.copy_(second * cos - first * sin)
+    for d_rotated, d_first, d_second in ((d_query, *halves[:2]), (d_key, *halves[2:])):
+        shape = (-1, *[1] * (d_rotated.dim() - 2), half)
+        cosines, sines = cos.view(shape), sin.view(shape)
+        first, second = d_rotated[..., :half].float(), d_rotated[..., half : 2 * half].float()
+        d_first.copy_(first * cosines + second * sines)
+        d_second.copy_(second * cosines - first * sines)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -249,8 +254,10 @@ class _SplitAndRotate(torch.autograd.Function):
         num_tokens, num_groups, head_size = d_key.shape
         d_query = d_query.reshape(num_tokens, num_groups, -1, head_size)
         d_grouped = d_query.new_empty(num_tokens, num_groups, d_query.shape[2] + 2, head_size)
-        for d_rotated, target in ((d_query, d_grouped[:, :, :-2]), (d_key, d_grouped[:, :, -2])):
-            _segment(rotate_back, d_rotated)(d_rotated, cos, sin, target[..., :half], target[..., half : 2 * half])
+        targets = d_grouped[:, :, :-2], d_grouped[:, :, -2]
+        halves = [part for target in targets for part in (target[..., :half], target[..., half : 2 * half])]
+        _segment(rotate_back, d_query)(d_query, d_key, cos, sin, *halves)
+        for d_rotated, target in zip((d_query, d_key), targets, strict=True):
             target[..., 2 * half :].copy_(d_rotated[..., 2 * half :])
         d_grouped[:, :, -1].copy_(d_value)
         return d_grouped, None, None
