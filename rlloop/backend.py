@@ -150,6 +150,7 @@ async def open_backend(
                         lora_rank=settings.lora.rank,
                         num_versions=settings.num_versions,
                         serves_hops=settings.refit.in_flight == "hop",
+                        form=settings.refit.form,
                         log_path=logs / (f"engine-{replica}.log" if placement.replicas > 1 else "engine.log"),
                         cores=placement.cores_of(replica),
                         gpus=placement.gpus_of(replica),

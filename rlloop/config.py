@@ -10,7 +10,7 @@ import tomli_w
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_config import BaseConfig
 
-from rlloop.types import AdamConfig, InFlight, LoraConfig
+from rlloop.types import AdamConfig, InFlight, LoraConfig, RefitForm
 
 
 class Settings(BaseConfig):
@@ -165,6 +165,9 @@ class RefitSettings(Settings):
 
     transport: Literal["auto", "cuda_ipc", "memory", "disk"] = "auto"
     """The trainer's GPU memory, mapped by the engine (`auto` on GPUs); shared memory (`auto` on CPUs); or a file (fallback)."""
+    form: RefitForm = "adapter"
+    """What the engine holds: adapters, several versions at once; or weights with the newest merged into them, which decode faster
+    and where rollouts that finish on their own make a new version wait for them."""
     in_flight: InFlight = "finish"
     """What a new version does to rollouts in flight: they finish on their own; restart, so that the new one prefills what they
     have and goes on; or hop, so that it goes on at once over the old one's keys and values."""
@@ -359,6 +362,8 @@ class RunSettings(TrainingSettings):
     def num_versions(self) -> int:
         """Policy versions that the engine must hold at once: all that a group may still use, the one that is evaluated, and the
         one that comes."""
+        if self.refit.form == "merged":
+            return 1
         in_use = self.staleness_limit + 1 if self.refit.in_flight == "finish" else 1
         return in_use + 1 + bool(self.evaluation.every)
 

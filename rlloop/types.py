@@ -42,6 +42,9 @@ InFlight: TypeAlias = Literal["finish", "restart", "hop"]
 `finish`: nothing. `restart`: it ends; prompt and what it has sampled so far are prefilled by the new version, which goes on.
 `hop`: the new version goes on at once, over the keys and values that the old one left."""
 
+RefitForm: TypeAlias = Literal["adapter", "merged"]
+"""What an engine holds: adapters, of which it serves several versions at once; or weights with the newest merged into them."""
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:

@@ -36,7 +36,7 @@ class Flight:
     """That it began with."""
     in_flight: InFlight
     swaps: list[Swap] = field(default_factory=list)
-    """That it lived through, oldest first; of `hop` only."""
+    """That it lived through, oldest first."""
 
     def token_versions(self, num_tokens: int, first_token_at: float) -> IntArray:
         """[T] which version sampled each token; `first_token_at` is on the clock of `Swap.at`."""
@@ -68,10 +68,10 @@ class Flights:
             self._landed.set()
             self._landed = anyio.Event()
 
-    def swap(self, swap: Swap) -> None:
-        """Those that hop are on another version from here on."""
+    def swap(self, swap: Swap, *, moves_all: bool) -> None:
+        """Those that hop, or all, are on another version from here on."""
         for flight in self._flying.values():
-            if flight.in_flight == "hop":
+            if moves_all or flight.in_flight == "hop":
                 flight.swaps.append(swap)
 
     def to_restart(self, newest: int) -> list[str]:

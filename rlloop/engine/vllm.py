@@ -20,9 +20,10 @@ from rlloop.config import EngineSettings
 from rlloop.engine import vllm_compat
 from rlloop.engine.flights import HOPPING, HOPPING_ID, Flight, Flights, Swap, continued, joined
 from rlloop.errors import EngineError, RefitError
-from rlloop.placement import divide
+from rlloop.models import weight_bytes
+from rlloop.placement import divide, gpu_bytes
 from rlloop.processes import blocked_signals
-from rlloop.types import AdapterTicket, Completion, EngineStatistics, GenerationRequest, RefitReport
+from rlloop.types import AdapterTicket, Completion, EngineStatistics, GenerationRequest, RefitForm, RefitReport
 
 WORKER_EXTENSION = "rlloop.refit.worker.LoraRefit"
 
@@ -41,13 +42,21 @@ class VllmEngine:
     """See `rlloop.engine.Engine`. Make one with `start_vllm`; asyncio only, as vLLM is."""
 
     def __init__(
-        self, llm: Any, load: vllm_compat.Load, max_model_len: int, log_path: Path, *, serves_hops: bool = False
+        self,
+        llm: Any,
+        load: vllm_compat.Load,
+        max_model_len: int,
+        log_path: Path,
+        *,
+        serves_hops: bool = False,
+        form: RefitForm = "adapter",
     ) -> None:
         self._llm = llm
         self._load = load
         self._max_model_len = max_model_len
         self._last_words = f"the vLLM engine process died; its last words are in {log_path}"
-        self._serves_hops = serves_hops
+        self._is_merged = form == "merged"
+        self._serves_hops = serves_hops or self._is_merged
         self._flights = Flights()
         self._versions: dict[int, _Version] = {}
         self._num_published = 0
@@ -86,17 +95,21 @@ class VllmEngine:
         )
         prompt = TokensPrompt(prompt_token_ids=list(request.tokens))
         version = request.policy_version if request.in_flight == "finish" else self._newest
-        hops = request.in_flight == "hop"
-        if hops:  # its adapter's name outlives the version, so that this keeps the prefix cache apart
-            prompt["cache_salt"] = self._versions[version].name
-        lora = _lora_request(HOPPING, HOPPING_ID) if hops else _lora_request(self._versions[version].name, version + 1)
+        name, hops = self._versions[version].name, request.in_flight == "hop"
+        if (
+            hops or self._is_merged
+        ):  # no adapter's name goes with the version, so that this keeps the prefix cache apart
+            prompt["cache_salt"] = name
+        adapter = None
+        if not self._is_merged:
+            adapter = _lora_request(HOPPING, HOPPING_ID) if hops else _lora_request(name, version + 1)
         final = None
         with (
             self._counted(),
             self._death_is_an_engine_error(),
             self._flights.start(version, request.in_flight) as flight,
         ):
-            async for output in self._llm.generate(prompt, params, flight.request_id, lora_request=lora):
+            async for output in self._llm.generate(prompt, params, flight.request_id, lora_request=adapter):
                 final = output
         if final is None:
             raise EngineError("vLLM ended a request without an output")
@@ -116,9 +129,12 @@ class VllmEngine:
                 await self._call_workers("refit_drop", version)
             raise RefitError(f"the engine refused policy version {version}: {problem}")
         self._num_published += 1
+        if self._is_merged:
+            self._versions.clear()
         self._versions[version] = _Version(f"policy-v{version}-{self._num_published}", time.monotonic())
         if self._serves_hops:
-            self._flights.swap(Swap(version, ranks[0]["swapped_at"], ranks[0]["num_sampled"]))
+            swap = Swap(version, ranks[0]["swapped_at"], ranks[0]["num_sampled"])
+            self._flights.swap(swap, moves_all=self._is_merged)
         await self._restart_stale()
         return RefitReport(
             policy_version=version,
@@ -282,17 +298,17 @@ async def start_vllm(
     log_path: Path,
     cores: frozenset[int] | None,
     serves_hops: bool = False,
+    form: RefitForm = "adapter",
     gpus: Sequence[int] = (),
     tensor_parallel: int = 1,
 ) -> AsyncIterator[VllmEngine]:
     """Run vLLM while the block runs. Start several one after the other: vLLM reads the process's environment.
 
-    `num_versions`: policy versions that it can hold at once. `serves_hops`: requests may have `in_flight` "hop", which takes one
-    more slot. `cores`: where it computes on a CPU; None means GPUs, `gpus` of those that this process sees, or the first.
-    `tensor_parallel`: how many GPUs, or processes on a CPU, share the layers.
+    `num_versions`: policy versions that it can hold at once; `merged` is always one. `serves_hops`: requests may have `in_flight`
+    "hop", which takes one more slot. `cores`: where it computes on a CPU; None means GPUs, `gpus` of those that this process
+    sees, or the first. `tensor_parallel`: how many GPUs, or processes on a CPU, share the layers.
     """
     load = vllm_compat.Load()
-    num_slots = num_versions + serves_hops
     abandoned = Event()
 
     def create() -> Any:
@@ -306,15 +322,12 @@ async def start_vllm(
                 dtype=dtype,
                 max_model_len=settings.max_model_len,
                 max_num_seqs=settings.max_num_seqs,
-                enable_lora=True,
-                max_loras=num_slots,
-                max_cpu_loras=num_slots,  # fewer, and vLLM's caches evict one in use
-                max_lora_rank=next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= lora_rank),
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
                 worker_extension_cls=WORKER_EXTENSION,
                 use_tqdm_on_load=False,
                 tensor_parallel_size=tensor_parallel,
-                **_device_arguments(settings, cores, gpus),
+                **(_slots(num_versions + serves_hops, lora_rank) if form == "adapter" else {}),
+                **_device_arguments(settings, cores, gpus, kept),
             )
             if abandoned.is_set():  # while vLLM was imported, which takes seconds
                 return None
@@ -323,6 +336,8 @@ async def start_vllm(
                 llm.shutdown()
             return llm
 
+    # Beside the weights that are merged, on each GPU.
+    kept = weight_bytes(Path(model), dtype) // tensor_parallel if form == "merged" and cores is None else 0
     _set_environment(settings, log_path, cores, tensor_parallel)
     try:
         llm = await anyio.to_thread.run_sync(create, abandon_on_cancel=True)
@@ -330,15 +345,27 @@ async def start_vllm(
         abandoned.set()  # the thread cannot be stopped
         raise
     try:
-        yield VllmEngine(llm, load, settings.max_model_len, log_path, serves_hops=serves_hops)
+        yield VllmEngine(llm, load, settings.max_model_len, log_path, serves_hops=serves_hops, form=form)
     finally:
         llm.shutdown()
         llm.shutdown = lambda *_: None  # its __del__ would call it again, when the interpreter has taken vLLM apart
 
 
-def _device_arguments(settings: EngineSettings, cores: frozenset[int] | None, gpus: Sequence[int]) -> dict[str, Any]:
+def _slots(number: int, lora_rank: int) -> dict[str, Any]:
+    return {
+        "enable_lora": True,
+        "max_loras": number,
+        "max_cpu_loras": number,  # fewer, and vLLM's caches evict one in use
+        "max_lora_rank": next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= lora_rank),
+    }
+
+
+def _device_arguments(
+    settings: EngineSettings, cores: frozenset[int] | None, gpus: Sequence[int], kept_bytes: int
+) -> dict[str, Any]:
     if cores is None:
-        memory: dict[str, float] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+        share = settings.gpu_memory_utilization - (kept_bytes / gpu_bytes() if kept_bytes else 0)
+        memory: dict[str, float] = {"gpu_memory_utilization": share}
         if settings.kv_cache_gib is not None:
             # Then the share is not used, only held against what is free, of which others may have taken much.
             memory = {"kv_cache_memory_bytes": settings.kv_cache_gib << 30, "gpu_memory_utilization": 0.01}

@@ -17,7 +17,8 @@ from rlloop.types import InFlight, RefitReport
 
 
 class Refit:
-    """Which versions of one adapter the engine serves, at most `num_versions` at once."""
+    """Which versions of one adapter the engine serves, at most `num_versions` at once; where that is one, each takes the place of
+    the one before it."""
 
     def __init__(
         self,
@@ -89,5 +90,7 @@ class Refit:
                     self._served.remove(old)
                     del self._leases[old]
             if len(self._served) < self._num_versions:
+                return
+            if self._num_versions == 1 and not self._leases[self.latest]:  # the next takes its place
                 return
             await self._lease_ended.wait()

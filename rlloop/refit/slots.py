@@ -7,7 +7,7 @@ from version to version, so the views are made once, and a load is a few kernels
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ Manifest = Sequence[tuple[str, Sequence[int]]]
 """PEFT's name and the shape of each tensor, as an AdapterTicket has it."""
 Place = tuple[Any, int, bool]
 """vLLM's LoRA layer, index of its slice (q, k and v are slices of one layer), whether the tensor is A."""
+Layers = Mapping[str, tuple[Any, int]]
+"""vLLM's LoRA layer and the slice of it, by the name that the slice has in a checkpoint."""
 
 
 class Slots:
@@ -26,7 +28,7 @@ class Slots:
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
-        self._layers = {
+        self._layers: Layers = {
             part: (layer, index)
             for name, layer in manager.modules.items()
             for index, part in enumerate(manager.packed_modules.get(name, [name]))
@@ -43,7 +45,7 @@ class Slots:
     def arrange(self, manifest: Manifest) -> None:
         """Get to know an adapter's tensors."""
         if manifest != self.manifest:
-            self._places = self._find_places([name for name, _ in manifest])
+            self._places = find_places(self._layers, self._manager.model, [name for name, _ in manifest])
             self.manifest = manifest
             self._views.clear()
 
@@ -58,13 +60,8 @@ class Slots:
 
     def own_parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """What of each tensor belongs into this rank's slots: views of `flat`, in the manifest's order."""
-        sizes = [rows * columns for _, (rows, columns) in self.manifest]
-        whole = [piece.view(*shape) for piece, (_, shape) in zip(flat.split(sizes), self.manifest, strict=True)]
-        if not self.are_sharded:
-            return whole
-        return [
-            _shard(place, name, each) for place, (name, _), each in zip(self._places, self.manifest, whole, strict=True)
-        ]
+        whole = split(flat, self.manifest)
+        return shards(self._places, self.manifest, whole) if self.are_sharded else whole
 
     def fill(self, adapter_id: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copy them into the adapter's slot, or a free one; -> what that holds now, tensors in the manifest's order."""
@@ -82,16 +79,29 @@ class Slots:
             vllm_compat.occupy_slot(self._manager, slot, adapter_id)
         return self._views[slot]
 
-    def _find_places(self, names: list[str]) -> list[Place]:
-        from vllm.lora.utils import parse_fine_tuned_lora_name
 
-        mapper = vllm_compat.rename_mapper(self._manager.model)
-        found = [parse_fine_tuned_lora_name(name, mapper) for name in names]
-        if unknown := sorted({module for module, _ in found} - self._layers.keys()):
-            raise ValueError(f"{len(unknown)} modules have no LoRA layer in this engine, for example {unknown[:3]}")
-        if halves := {m for m, is_a in found if is_a} ^ {m for m, is_a in found if not is_a}:
-            raise ValueError(f"{len(halves)} modules came with only one of A and B, for example {sorted(halves)[:3]}")
-        return [(*self._layers[module], is_a) for module, is_a in found]
+def find_places(layers: Layers, model: Any, names: Sequence[str]) -> list[Place]:
+    """Where PEFT's tensors belong in vLLM's model. Raises ValueError for names without a layer, and for an A or B alone."""
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    mapper = vllm_compat.rename_mapper(model)
+    found = [parse_fine_tuned_lora_name(name, mapper) for name in names]
+    if unknown := sorted({module for module, _ in found} - layers.keys()):
+        raise ValueError(f"{len(unknown)} modules have no LoRA layer in this engine, for example {unknown[:3]}")
+    if halves := {m for m, is_a in found if is_a} ^ {m for m, is_a in found if not is_a}:
+        raise ValueError(f"{len(halves)} modules came with only one of A and B, for example {sorted(halves)[:3]}")
+    return [(*layers[module], is_a) for module, is_a in found]
+
+
+def split(flat: torch.Tensor, manifest: Manifest) -> list[torch.Tensor]:
+    """Views of the flat tensor, in the manifest's order."""
+    sizes = [rows * columns for _, (rows, columns) in manifest]
+    return [piece.view(*shape) for piece, (_, shape) in zip(flat.split(sizes), manifest, strict=True)]
+
+
+def shards(places: Sequence[Place], manifest: Manifest, whole: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What of each tensor belongs to this tensor-parallel rank."""
+    return [_shard(place, name, each) for place, (name, _), each in zip(places, manifest, whole, strict=True)]
 
 
 def first_difference(manifest: Manifest, sent: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> str | None:

@@ -28,8 +28,8 @@ def completion(version: int, *tokens: int) -> Completion:
 def test_a_swap_is_where_the_engine_saw_it() -> None:
     flights = Flights()
     with flights.start(3, "hop") as flight, flights.start(3, "finish") as pinned, flights.start(3, "hop") as other:
-        flights.swap(Swap(4, 10.0, {flight.request_id: 2, pinned.request_id: 1, other.request_id: 5}))
-        flights.swap(Swap(5, 20.0, {flight.request_id: 4, pinned.request_id: 3, other.request_id: 5}))
+        flights.swap(Swap(4, 10.0, {flight.request_id: 2, pinned.request_id: 1, other.request_id: 5}), moves_all=False)
+        flights.swap(Swap(5, 20.0, {flight.request_id: 4, pinned.request_id: 3, other.request_id: 5}), moves_all=False)
     versions = flight.token_versions(6, first_token_at=5.0)
     assert versions.tolist() == [3, 3, 4, 4, 5, 5]
     assert versions.dtype == np.int32
@@ -41,7 +41,7 @@ def test_a_request_that_the_engine_does_not_know_at_a_swap_has_not_begun_or_coun
     """Having begun, it has ended or is preempted, which vLLM's newer model runner forgets."""
     flights = Flights()
     with flights.start(3, "hop") as flight:
-        flights.swap(Swap(4, 10.0, {}))
+        flights.swap(Swap(4, 10.0, {}), moves_all=False)
     assert flight.token_versions(2, first_token_at=9.0).tolist() == [3, 3]
     assert flight.token_versions(2, first_token_at=11.0).tolist() == [4, 4]
 
@@ -50,7 +50,7 @@ def test_a_hop_before_the_first_token_is_none() -> None:
     flights = Flights()
     output = SimpleNamespace(token_ids=[7, 8], logprobs=None, finish_reason="length")
     with flights.start(3, "hop") as flight:
-        flights.swap(Swap(4, 10.0, {}))
+        flights.swap(Swap(4, 10.0, {}), moves_all=False)
     whole = _completion(output, flight, first_token_at=11.0)
     assert (whole.policy_version, whole.token_versions) == (4, None)
     flight.swaps.append(Swap(5, 12.0, {flight.request_id: 1}))

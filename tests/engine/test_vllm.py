@@ -12,11 +12,11 @@ import anyio
 import numpy as np
 import psutil
 import pytest
-from vllm_harness import NUM_VERSIONS, PROMPT, Harness, Weights, open_harness
+from vllm_harness import NUM_VERSIONS, PROMPT, Harness, open_harness, sample_across_a_publish
 
 from rlloop.errors import EngineError, RefitError
 from rlloop.refit.transports import MemoryWriter
-from rlloop.types import AdapterTicket, Completion, GenerationRequest, InFlight
+from rlloop.types import AdapterTicket, GenerationRequest
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 
@@ -72,37 +72,6 @@ def test_a_report_says_what_a_publish_cost(harness: Harness) -> None:
     assert sum(parts) <= report.publish_seconds
     harness.generate(version)
     assert harness.engine.statistics().first_token_seconds[version] > 0
-
-
-def sample_across_a_publish(
-    harness: Harness, in_flight: InFlight, *, num: int, max_tokens: int = 400
-) -> tuple[tuple[int, Weights], tuple[int, Weights], list[Completion]]:
-    """The old version, the new one, and what requests made of both; the new one samples beside them, by itself."""
-    old, old_weights = harness.publish()
-    new, new_weights = harness.new_version()
-    ticket = harness.write(new_weights)
-    request = GenerationRequest(PROMPT, old, max_tokens=max_tokens, in_flight=in_flight)
-    found: list[Completion] = []
-
-    async def run() -> None:
-        async with anyio.create_task_group() as tasks:
-
-            async def fly(seed: int) -> None:
-                found.extend(await harness.engine.generate(replace(request, seed=seed)))
-
-            before = harness.engine.statistics().num_generated_tokens
-            for seed in range(num):
-                tasks.start_soon(fly, seed)
-            await harness.wait_for_tokens(before + 10 * num)
-            harness.engine.reset_longest_gap()
-            await harness.engine.publish(new, ticket)
-            assert not found, "the requests ended before the publish did"
-            later = await harness.engine.generate(replace(request, policy_version=new, max_tokens=8))
-            harness.assert_sampled_by(new_weights, later)
-
-    harness.do(run)
-    assert len(found) == num
-    return (old, old_weights), (new, new_weights), found
 
 
 def test_requests_in_flight_across_a_publish_keep_their_version(harness: Harness) -> None:

@@ -21,7 +21,7 @@ from rlloop.config import EngineSettings
 from rlloop.engine.vllm import VllmEngine, start_vllm
 from rlloop.processes import guard, shared_memory_prefix
 from rlloop.refit.transports import DiskWriter, MemoryWriter
-from rlloop.types import AdapterTicket, Completion, GenerationRequest
+from rlloop.types import AdapterTicket, Completion, GenerationRequest, InFlight
 
 NUM_VERSIONS = 4
 RANK, ALPHA = 4, 8
@@ -120,6 +120,37 @@ class Harness:
         for completion in completions:
             found = self.reference.logprobs(weights, PROMPT, completion)
             np.testing.assert_allclose(found, completion.logprobs, atol=1e-4)
+
+
+def sample_across_a_publish(
+    harness: Harness, in_flight: InFlight, *, num: int, max_tokens: int = 400
+) -> tuple[tuple[int, Weights], tuple[int, Weights], list[Completion]]:
+    """The old version, the new one, and what requests made of both; the new one samples beside them, by itself."""
+    old, old_weights = harness.publish()
+    new, new_weights = harness.new_version()
+    ticket = harness.write(new_weights)
+    request = GenerationRequest(PROMPT, old, max_tokens=max_tokens, in_flight=in_flight)
+    found: list[Completion] = []
+
+    async def run() -> None:
+        async with anyio.create_task_group() as tasks:
+
+            async def fly(seed: int) -> None:
+                found.extend(await harness.engine.generate(replace(request, seed=seed)))
+
+            before = harness.engine.statistics().num_generated_tokens
+            for seed in range(num):
+                tasks.start_soon(fly, seed)
+            await harness.wait_for_tokens(before + 10 * num)
+            harness.engine.reset_longest_gap()
+            await harness.engine.publish(new, ticket)
+            assert not found, "the requests ended before the publish did"
+            later = await harness.engine.generate(replace(request, policy_version=new, max_tokens=8))
+            harness.assert_sampled_by(new_weights, later)
+
+    harness.do(run)
+    assert len(found) == num
+    return (old, old_weights), (new, new_weights), found
 
 
 @contextmanager

@@ -63,6 +63,27 @@ async def test_a_lease_keeps_nothing_where_requests_move_on(in_flight: InFlight,
                 assert engine.versions == {0, version - 1, version}, "1 is not kept, 0 is pinned"
 
 
+async def test_with_room_for_one_the_next_takes_its_place_when_nobody_has_leased_it(anyio_backend: str) -> None:
+    engine = FakeEngine()
+    refit = await make_refit(engine, 1)
+    for version in range(3):
+        await refit.publish(version)
+    assert refit.latest == 2
+    log = []
+
+    async def publish() -> None:
+        await refit.publish(3)
+        log.append("published")
+
+    async with anyio.create_task_group() as tasks:
+        with refit.lease() as version:
+            tasks.start_soon(publish)
+            await anyio.wait_all_tasks_blocked()
+            assert (version, refit.latest) == (2, 2)
+            log.append("done")
+    assert log == ["done", "published"]
+
+
 async def test_publish_waits_for_a_slot(anyio_backend: str) -> None:
     engine = FakeEngine()
     refit = await make_refit(engine, 2)
