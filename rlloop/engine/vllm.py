@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -123,7 +123,10 @@ class VllmEngine:
     async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
         """See `Engine.publish`."""
         started = time.monotonic()
-        ranks = await self._call_workers("refit_load", version, asdict(ticket), self._serves_hops)
+        sent = {
+            field.name: getattr(ticket, field.name) for field in fields(ticket)
+        }  # asdict would copy the manifest, for ms
+        ranks = await self._call_workers("refit_load", version, sent, self._serves_hops)
         if problem := _first_problem(ranks, ticket):
             if version not in self._versions:  # some ranks may hold it
                 await self._call_workers("refit_drop", version)

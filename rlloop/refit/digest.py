@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,8 +28,13 @@ def digest(flat: torch.Tensor, manifest: Sequence[Any]) -> str:
     total = 0
     for part in _piece_sums(words, weights):
         total = total * ODD + part  # pieces are told apart by the power of ODD
-    names = hashlib.sha256(json.dumps([[name, list(shape)] for name, shape in manifest]).encode()).hexdigest()[:16]
+    names = _names(tuple((name, tuple(shape)) for name, shape in manifest))
     return f"{names}-{total % 2**64:016x}"
+
+
+@lru_cache(maxsize=8)
+def _names(manifest: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16]
 
 
 def _piece_sums(words: torch.Tensor, weights: torch.Tensor) -> list[int]:

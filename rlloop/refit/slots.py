@@ -41,6 +41,8 @@ class Slots:
         self._places: list[Place] = []
         self._views: dict[int, list[torch.Tensor]] = {}
         """By slot, in the manifest's order; only for slots that hold zeros elsewhere."""
+        self._flat = torch.empty(0)
+        self._parts: list[torch.Tensor] = []
 
     def arrange(self, manifest: Manifest) -> None:
         """Get to know an adapter's tensors."""
@@ -48,6 +50,7 @@ class Slots:
             self._places = find_places(self._layers, self._manager.model, [name for name, _ in manifest])
             self.manifest = manifest
             self._views.clear()
+            self._flat = torch.empty(0)
 
     def check_free(self, adapter_id: int) -> None:
         """`adapter_id` is not loaded, and there is a slot for it."""
@@ -60,8 +63,11 @@ class Slots:
 
     def own_parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """What of each tensor belongs into this rank's slots: views of `flat`, in the manifest's order."""
-        whole = split(flat, self.manifest)
-        return shards(self._places, self.manifest, whole) if self.are_sharded else whole
+        if (flat.data_ptr(), flat.numel()) != (self._flat.data_ptr(), self._flat.numel()):
+            whole = split(flat, self.manifest)
+            self._parts = shards(self._places, self.manifest, whole) if self.are_sharded else whole
+            self._flat = flat  # kept, so that no other tensor gets its address
+        return self._parts
 
     def fill(self, adapter_id: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copy them into the adapter's slot, or a free one; -> what that holds now, tensors in the manifest's order."""

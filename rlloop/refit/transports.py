@@ -30,6 +30,43 @@ FLAT = "adapter"  # the one tensor of a file
 SHARED_MEMORY = Path("/dev/shm")
 
 
+Manifest = tuple[tuple[str, tuple[int, int]], ...]
+
+
+class _Packer:
+    """Flattens adapters. What lies where is worked out anew only for other names, shapes or another flat tensor: for the 448
+    tensors of an 8B model that takes longer than to copy them."""
+
+    def __init__(self) -> None:
+        self._shapes: dict[str, torch.Size] = {}
+        self._flat = torch.empty(0)
+        self._manifest: Manifest = ()
+        self._places: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def pack(self, tensors: Mapping[str, torch.Tensor], scale: float, flat: torch.Tensor) -> tuple[Manifest, str]:
+        """Into `flat`, on their device, B scaled; -> what is where, and the digest. A few kernels, however many tensors."""
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if shapes != self._shapes or (flat.data_ptr(), flat.numel()) != (self._flat.data_ptr(), self._flat.numel()):
+            self._arrange(shapes, flat)
+        ups = [name for name in self._places if ".lora_B." in name]
+        downs = [name for name in self._places if ".lora_A." in name]
+        # In the tensors' own precision; cast as they are copied.
+        scaled = torch._foreach_mul([tensors[name] for name in ups], scale)
+        torch._foreach_copy_(
+            [self._places[name] for name in (*downs, *ups)], [*(tensors[name] for name in downs), *scaled]
+        )
+        return self._manifest, digest(flat, self._manifest)
+
+    def _arrange(self, shapes: dict[str, torch.Size], flat: torch.Tensor) -> None:
+        if others := [name for name in shapes if ".lora_A." not in name and ".lora_B." not in name]:
+            raise RefitError(f"an engine's adapter slots hold A and B only, got {others[0]} (of DoRA)")
+        self._manifest = tuple((name, (shapes[name][0], shapes[name][1])) for name in sorted(shapes))
+        pieces = flat.split([rows * columns for _, (rows, columns) in self._manifest])
+        self._places = {name: piece.view(shape) for (name, shape), piece in zip(self._manifest, pieces, strict=True)}
+        self._shapes, self._flat = shapes, flat  # kept, so that no other tensor gets its address
+
+
 @dataclass
 class CudaIpcWriter:
     """Writes into memory of the trainer's GPU that the engine's process maps, too: nothing passes through the host."""
@@ -37,6 +74,7 @@ class CudaIpcWriter:
     dtype: str
     _flat: torch.Tensor | None = field(default=None, init=False, repr=False)
     _handle: str = field(default="", init=False, repr=False)
+    _packer: _Packer = field(default_factory=_Packer, init=False, repr=False)
 
     def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
         """Flatten, scale B, cast, digest. Raises RefitError unless the tensors are on a GPU."""
@@ -49,12 +87,13 @@ class CudaIpcWriter:
             shared = (_gpu_id(device.index), reduce_tensor(self._flat))
             self._handle = base64.b64encode(pickle.dumps(shared)).decode()
         flat = self._flat[:num_elements]
-        manifest, found = _flatten(tensors, scale, flat)
+        manifest, found = self._packer.pack(tensors, scale, flat)
         return _ticket("cuda_ipc", self._handle, flat, manifest, found, started)
 
     def close(self) -> None:
         """Give the memory back."""
         self._flat = None
+        self._packer = _Packer()
 
 
 @dataclass
@@ -67,6 +106,8 @@ class MemoryWriter:
     dtype: str
     segment_name: str
     _segment: _Segment | None = field(default=None, init=False, repr=False)
+    _staged: torch.Tensor | None = field(default=None, init=False, repr=False)
+    _packer: _Packer = field(default_factory=_Packer, init=False, repr=False)
 
     def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
         """Flatten, scale B, cast, digest."""
@@ -79,11 +120,13 @@ class MemoryWriter:
             num_bytes = num_elements * dtype.itemsize
             self._segment = _Segment(path, os.O_CREAT | os.O_RDWR, num_bytes, page_lock=device.type == "cuda")
         flat = self._segment.tensor(dtype, num_elements)
-        # From a device in one copy, not in one for each tensor.
-        staged = flat if device.type == "cpu" else torch.empty_like(flat, device=device)
-        manifest, found = _flatten(tensors, scale, staged)
-        if staged is not flat:
-            flat.copy_(staged)
+        if device.type == "cpu":
+            manifest, found = self._packer.pack(tensors, scale, flat)
+        else:  # in one copy from the device, not in one for each tensor
+            if self._staged is None or self._staged.numel() != num_elements:
+                self._staged = torch.empty_like(flat, device=device)
+            manifest, found = self._packer.pack(tensors, scale, self._staged)
+            flat.copy_(self._staged)
         return _ticket("memory", str(path), flat, manifest, found, started)
 
     def close(self) -> None:
@@ -92,6 +135,7 @@ class MemoryWriter:
             (SHARED_MEMORY / self.segment_name).unlink(missing_ok=True)
             self._segment.release()
             self._segment = None
+            self._packer = _Packer()
 
 
 @dataclass
@@ -105,7 +149,7 @@ class DiskWriter:
         """Flatten, scale B, cast, digest, save."""
         started = time.monotonic()
         flat = torch.empty(_count(tensors), dtype=getattr(torch, self.dtype), device=_device(tensors))
-        manifest, found = _flatten(tensors, scale, flat)
+        manifest, found = _Packer().pack(tensors, scale, flat)
         path = self.folder / "refit.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
         save_file({FLAT: flat}, path)
@@ -216,25 +260,6 @@ def _gpu_index(gpu_id: str) -> int:
             f"the trainer's GPU {gpu_id} is not among those that the engine sees, {seen}: use --refit.transport memory"
         )
     return seen.index(gpu_id)
-
-
-Manifest = tuple[tuple[str, tuple[int, int]], ...]
-
-
-@torch.no_grad()
-def _flatten(tensors: Mapping[str, torch.Tensor], scale: float, flat: torch.Tensor) -> tuple[Manifest, str]:
-    """Into `flat`, on their device, B scaled; -> what is where, and the digest. A few kernels, however many tensors."""
-    if others := [name for name in tensors if ".lora_A." not in name and ".lora_B." not in name]:
-        raise RefitError(f"an engine's adapter slots hold A and B only, got {others[0]} (of DoRA)")
-    manifest = tuple((name, (tensors[name].shape[0], tensors[name].shape[1])) for name in sorted(tensors))
-    pieces = flat.split([rows * columns for _, (rows, columns) in manifest])
-    places = {name: piece.view(shape) for (name, shape), piece in zip(manifest, pieces, strict=True)}
-    ups = [name for name in places if ".lora_B." in name]
-    downs = [name for name in places if ".lora_A." in name]
-    # In the tensors' own precision; cast as they are copied.
-    scaled = torch._foreach_mul([tensors[name].detach() for name in ups], scale)
-    torch._foreach_copy_([places[name] for name in (*downs, *ups)], [*(tensors[name] for name in downs), *scaled])
-    return manifest, digest(flat, manifest)
 
 
 def _ticket(

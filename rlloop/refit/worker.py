@@ -18,7 +18,7 @@ from rlloop.engine.flights import HOPPING_ID
 from rlloop.refit.arrivals import Arrivals
 from rlloop.refit.digest import digest
 from rlloop.refit.merged import Merged
-from rlloop.refit.slots import Slots, first_difference
+from rlloop.refit.slots import Manifest, Slots, first_difference, split
 
 
 class LoraRefit:
@@ -58,7 +58,10 @@ class _InSlots:
     def __init__(self, lora_manager: Any) -> None:
         self._arrivals = Arrivals(lora_manager.device, lora_manager.lora_config.lora_dtype)
         self._slots = Slots(lora_manager._adapter_manager)
-        self._contents = torch.empty(0, dtype=lora_manager.lora_config.lora_dtype, device=lora_manager.device)
+        self._contents = torch.empty(0)
+        """Of a slot, read back, flat; `_read_back` are its tensors."""
+        self._read_back: list[torch.Tensor] = []
+        self._read_back_as: Manifest = []
         self._parts: list[torch.Tensor] = []
         if lora_manager.device.type == "cpu":
             cpu_lora.install()
@@ -79,9 +82,11 @@ class _InSlots:
                 # The slots hold a part of what was sent: that all of it came, and that they hold their part of that.
                 found, different = digest(flat, manifest), first_difference(manifest, self._parts, held)
             else:
-                if self._contents.numel() != flat.numel():
-                    self._contents = torch.empty_like(flat)
-                found = digest(torch.cat([each.reshape(-1) for each in held], out=self._contents), manifest)
+                if manifest != self._read_back_as:
+                    self._contents, self._read_back_as = torch.empty_like(flat), manifest
+                    self._read_back = split(self._contents, manifest)
+                torch._foreach_copy_(self._read_back, held)
+                found = digest(self._contents, manifest)
                 different = None if found == ticket["digest"] else first_difference(manifest, self._parts, held)
             return {
                 "digest": found,

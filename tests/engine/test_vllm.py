@@ -12,6 +12,7 @@ import anyio
 import numpy as np
 import psutil
 import pytest
+import torch
 from vllm_harness import NUM_VERSIONS, PROMPT, Harness, open_harness, sample_across_a_publish
 
 from rlloop.errors import EngineError, RefitError
@@ -59,6 +60,17 @@ def test_a_number_that_is_published_again_shares_nothing_with_the_first(harness:
     harness.assert_sampled_by(other, [completion])
     difference = harness.reference.logprobs(weights, PROMPT, completion) - completion.logprobs
     assert np.abs(difference).max() > 0.05, "the versions are too alike for this test to fail"
+
+
+def test_adapters_on_other_modules_take_turns(harness: Harness) -> None:
+    """Where tensors belong is worked out when it changes: nothing of one arrangement is left in the next."""
+    for wanted in ("", "q_proj", "", "down_proj"):
+        version, weights = harness.new_version()
+        sent = {name: tensor for name, tensor in weights.items() if wanted in name}
+        harness.do(lambda version=version, sent=sent: harness.engine.publish(version, harness.write(sent)))  # type: ignore[misc]
+        others = {name: tensor if name in sent else torch.zeros_like(tensor) for name, tensor in weights.items()}
+        harness.assert_sampled_by(others, harness.generate(version))
+        harness.do(lambda version=version: harness.engine.retire(version))  # type: ignore[misc]
 
 
 def test_a_report_says_what_a_publish_cost(harness: Harness) -> None:

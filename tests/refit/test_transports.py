@@ -77,6 +77,24 @@ def test_the_next_version_is_what_is_read_next(transport: Transport, segment: st
     writer.close()
 
 
+def test_adapters_of_other_shapes_take_turns(transport: Transport, segment: str, tmp_path: Path) -> None:
+    """As many elements in the same place, differently divided: nothing that was worked out for one serves another."""
+    writer, reader = make_writer(transport, "float32", segment, tmp_path), Reader(torch.device("cpu"))
+    wide, narrow = adapter(), adapter()
+    narrow[f"{PREFIX}.lora_A.weight"] = narrow[f"{PREFIX}.lora_A.weight"].reshape(5, 4)
+    other = {name.replace("q_proj", "v_proj"): 2 * tensor for name, tensor in adapter().items()}
+    assert len({sum(tensor.numel() for tensor in each.values()) for each in (wide, narrow, other)}) == 1
+    digests = []
+    for tensors in (wide, narrow, other, narrow, wide):
+        ticket = writer.write(tensors, 1.0)
+        digests.append(ticket.digest)
+        found = read(ticket, reader)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert digests[0] == digests[4] != digests[1] == digests[3] != digests[2]
+    writer.close()
+
+
 def test_a_larger_adapter_gets_a_larger_segment(transport: Transport, segment: str, tmp_path: Path) -> None:
     writer, reader = make_writer(transport, "float32", segment, tmp_path), Reader(torch.device("cpu"))
     read(writer.write(adapter(2), 1.0), reader)
