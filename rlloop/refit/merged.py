@@ -15,7 +15,7 @@ import torch
 
 from rlloop.refit.arrivals import Arrivals
 from rlloop.refit.digest import digest
-from rlloop.refit.slots import Layers, Manifest, find_places, shards, split
+from rlloop.refit.slots import Layers, Manifest, Shares, find_places, split
 
 
 class Merged:
@@ -59,15 +59,15 @@ class Merged:
         """Write it, behind the forward pass that may be running; what was sent may be overwritten when this returns."""
         assert self._weights is not None
         swapped_at = time.monotonic()
-        self._weights.write(split(self._flat, self._manifest))
+        self._weights.write(self._flat)
         if self._flat.is_cuda:
             torch.cuda.synchronize(self._flat.device)
         return {"swapped_at": swapped_at}
 
 
 class _Weights(Protocol):
-    def write(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Whole tensors, in the manifest's order."""
+    def write(self, flat: torch.Tensor) -> None:
+        """An adapter, all of whose tensors are there."""
         ...
 
 
@@ -90,16 +90,17 @@ class InPlace:
     def __init__(self, model: torch.nn.Module, layers: Layers, manifest: Manifest) -> None:
         self._manifest = manifest
         self._places = find_places(layers, model, [name for name, _ in manifest])
-        parts = shards(self._places, manifest, [torch.empty(*shape, device="meta") for _, shape in manifest])
+        self._shares = Shares(self._places, manifest, are_sharded=True)
+        parts = self._shares.of_each([torch.empty(*shape, device="meta") for _, shape in manifest])
         pairs: dict[tuple[int, int], dict[bool, int]] = {}
         for number, (layer, index, is_a) in enumerate(self._places):
             pairs.setdefault((id(layer), index), {})[is_a] = number
         self._targets = [self._target(parts, pair[True], pair[False]) for pair in pairs.values()]
 
     @torch.no_grad()
-    def write(self, tensors: Sequence[torch.Tensor]) -> None:
+    def write(self, flat: torch.Tensor) -> None:
         """Rounded once: W0 and the products are added up in fp32."""
-        parts = shards(self._places, self._manifest, tensors)
+        parts = self._shares.of(flat)
         for target in self._targets:
             torch.addmm(target.base, parts[target.b], parts[target.a], out=target.weight)
 
@@ -125,7 +126,7 @@ class Reloaded:
     """Through vLLM's loader, which packs weights for the kernels of a CPU; W0 is read from the model's files each time."""
 
     def __init__(self, worker: Any, manifest: Manifest) -> None:
-        self._worker = worker
+        self._worker, self._manifest = worker, manifest
         self._names = [name.removeprefix("base_model.model.") for name, _ in manifest]
         shapes: dict[str, list[int]] = {
             name: list(shape) for name, (_, shape) in zip(self._names, manifest, strict=True)
@@ -138,9 +139,9 @@ class Reloaded:
             raise ValueError(f"{len(shapes)} tensors belong to no weight of the model, for example {list(shapes)[:3]}")
 
     @torch.no_grad()
-    def write(self, tensors: Sequence[torch.Tensor]) -> None:
+    def write(self, flat: torch.Tensor) -> None:
         """All weights, with A and B added to those that have them."""
-        named = dict(zip(self._names, tensors, strict=True))
+        named = dict(zip(self._names, split(flat, self._manifest), strict=True))
 
         def weights() -> Iterator[tuple[str, torch.Tensor]]:
             for name, weight in _saved_weights(self._worker):

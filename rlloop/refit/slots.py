@@ -41,16 +41,15 @@ class Slots:
         self._places: list[Place] = []
         self._views: dict[int, list[torch.Tensor]] = {}
         """By slot, in the manifest's order; only for slots that hold zeros elsewhere."""
-        self._flat = torch.empty(0)
-        self._parts: list[torch.Tensor] = []
+        self.shares = Shares([], [], are_sharded=False)
 
     def arrange(self, manifest: Manifest) -> None:
         """Get to know an adapter's tensors."""
         if manifest != self.manifest:
             self._places = find_places(self._layers, self._manager.model, [name for name, _ in manifest])
+            self.shares = Shares(self._places, manifest, are_sharded=self.are_sharded)
             self.manifest = manifest
             self._views.clear()
-            self._flat = torch.empty(0)
 
     def check_free(self, adapter_id: int) -> None:
         """`adapter_id` is not loaded, and there is a slot for it."""
@@ -60,14 +59,6 @@ class Slots:
         if len(held) >= self._manager.lora_slots:
             versions = sorted(each - 1 for each in held if each != HOPPING_ID)
             raise ValueError(f"all {len(versions)} adapter slots hold policy versions {versions}; retire one first")
-
-    def own_parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """What of each tensor belongs into this rank's slots: views of `flat`, in the manifest's order."""
-        if (flat.data_ptr(), flat.numel()) != (self._flat.data_ptr(), self._flat.numel()):
-            whole = split(flat, self.manifest)
-            self._parts = shards(self._places, self.manifest, whole) if self.are_sharded else whole
-            self._flat = flat  # kept, so that no other tensor gets its address
-        return self._parts
 
     def fill(self, adapter_id: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copy them into the adapter's slot, or a free one; -> what that holds now, tensors in the manifest's order."""
@@ -105,9 +96,29 @@ def split(flat: torch.Tensor, manifest: Manifest) -> list[torch.Tensor]:
     return [piece.view(*shape) for piece, (_, shape) in zip(flat.split(sizes), manifest, strict=True)]
 
 
-def shards(places: Sequence[Place], manifest: Manifest, whole: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What of each tensor belongs to this tensor-parallel rank."""
-    return [_shard(place, name, each) for place, (name, _), each in zip(places, manifest, whole, strict=True)]
+class Shares:
+    """What of an adapter's tensors belongs to this tensor-parallel rank."""
+
+    def __init__(self, places: Sequence[Place], manifest: Manifest, *, are_sharded: bool) -> None:
+        self._places, self._manifest, self._are_sharded = places, manifest, are_sharded
+        self._flat = torch.empty(0)
+        self._parts: list[torch.Tensor] = []
+
+    def of(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Views of the flat tensor, in the manifest's order: worked out once for each that comes, which takes milliseconds."""
+        if (flat.data_ptr(), flat.numel()) != (self._flat.data_ptr(), self._flat.numel()):
+            self._parts = self.of_each(split(flat, self._manifest))
+            self._flat = flat  # kept, so that no other tensor gets its address
+        return self._parts
+
+    def of_each(self, whole: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Views of whole tensors."""
+        if not self._are_sharded:
+            return whole
+        return [
+            _shard(place, name, each)
+            for place, (name, _), each in zip(self._places, self._manifest, whole, strict=True)
+        ]
 
 
 def first_difference(manifest: Manifest, sent: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> str | None:

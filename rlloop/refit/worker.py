@@ -75,7 +75,7 @@ class _InSlots:
             started = time.monotonic()
             flat = self._arrivals.take(ticket)
             transferred = self._arrivals.now()
-            self._parts = self._slots.own_parts(flat)
+            self._parts = self._slots.shares.of(flat)
             held = self._slots.fill(version + 1, self._parts)
             loaded = self._arrivals.now()
             if self._slots.are_sharded:

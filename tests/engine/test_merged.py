@@ -173,15 +173,16 @@ def test_in_place_each_rank_gets_what_the_loader_would_give_it(
         for half, shape in (("A", (4, columns)), ("B", (rows, 4)))
     }
     manifest = [(name, list(adapter[name].shape)) for name in sorted(adapter)]
-    sent = [adapter[name] for name, _ in manifest]
+    sent = torch.cat([adapter[name].flatten() for name, _ in manifest])
+    nothing = torch.cat([adapter[name].flatten() * (".lora_A." in name) for name, _ in manifest])
     with layers_of(monkeypatch, rank, size):
         layer, expected = Layer(), Layer()
     unchanged = layer.load(base)
     down_up = {name: [adapter[f"base_model.model.{name}.lora_{half}.weight"] for half in "AB"] for name in SIZES}
     merged = expected.load({name: base[name] + b @ a for name, (a, b) in down_up.items()})
     weights = InPlace(layer, lora_layers(layer), manifest)
-    for tensors, right in ((sent, merged), ([torch.zeros_like(each) for each in sent], unchanged), (sent, merged)):
-        weights.write(tensors)
+    for flat, right in ((sent, merged), (nothing, unchanged), (sent, merged)):
+        weights.write(flat)
         for name, parameter in layer.named_parameters():
             if right is unchanged:
                 assert parameter.equal(right[name])
