@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -121,14 +122,15 @@ class Engines:
     async def measure(self, number: int, rounds: int) -> dict[str, Cell]:
         """So many requests at once, in each kind of engine; the first round is a warm-up."""
         seconds: dict[str, list[float]] = {"base": [], "merged": [], "slots": [], "offline": []}
-        for _ in range(rounds + 1):
+        for turn in range(rounds + 1):
             for kind, adapter in self.contents.items():
                 self.version += 1
                 await self.merged.publish(self.version, self.writer.write(adapter, 1.0))
-                seconds[kind].append(await decode(self.merged, self.version, number))
-            seconds["slots"].append(await decode(self.slots, 0, number))
+                seconds[kind].append(await decode(self.merged, self.version, prompts(number, turn)))
+            seconds["slots"].append(await decode(self.slots, 0, prompts(number, turn)))
             if self.offline is not None:
-                seconds["offline"].append(await anyio.to_thread.run_sync(decode_offline, self.offline, number))
+                asked = prompts(number, turn)
+                seconds["offline"].append(await anyio.to_thread.run_sync(decode_offline, self.offline, asked))
         speed = {kind: number * NUM_TOKENS / median(values[1:]) for kind, values in seconds.items() if values}
         offline = speed.get("offline")
         return {
@@ -170,16 +172,17 @@ def random_adapter(model: Path, rank: int) -> Adapter:
     }
 
 
-def prompts(number: int) -> list[list[int]]:
-    """No two begin alike."""
-    return [list(range(1000 + 40 * index, 1000 + 40 * index + PROMPT_TOKENS)) for index in range(number)]
+def prompts(number: int, turn: int) -> list[list[int]]:
+    """No two begin alike, and none as another turn's: nothing is in a prefix cache."""
+    starts = [1000 + 40 * index + turn for index in range(number)]
+    return [list(range(start, start + PROMPT_TOKENS)) for start in starts]
 
 
-async def decode(engine: VllmEngine, version: int, number: int) -> float:
+async def decode(engine: VllmEngine, version: int, asked: Sequence[list[int]]) -> float:
     """Seconds from the first request to the last answer."""
     started = monotonic()
     async with anyio.create_task_group() as tasks:
-        for index, prompt in enumerate(prompts(number)):
+        for index, prompt in enumerate(asked):
             request = GenerationRequest(tuple(prompt), version, NUM_TOKENS, seed=index)
             tasks.start_soon(engine.generate, request)
     return monotonic() - started
@@ -197,14 +200,14 @@ def start_offline(model: Path, dtype: str, settings: EngineSettings) -> Any:
     )
 
 
-def decode_offline(llm: Any, number: int) -> float:
+def decode_offline(llm: Any, asked: Sequence[list[int]]) -> float:
     """As `decode`."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=1.0, detokenize=False)
     started = monotonic()
-    llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts(number)], params, use_tqdm=False)
+    llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in asked], params, use_tqdm=False)
     return monotonic() - started
 
 

@@ -212,7 +212,8 @@ def _smallest_fit(settings: RunSettings, dtype: Dtype, sizes: Sequence[int]) -> 
         )
     if len(possible) == 1:
         return possible[0], ""
-    num_bytes, room = weight_bytes(model, dtype), gpu_bytes() * settings.engine.gpu_memory_utilization / 2
+    copies = 2 if settings.refit.form == "merged" else 1
+    num_bytes, room = copies * weight_bytes(model, dtype), gpu_bytes() * settings.engine.gpu_memory_utilization / 2
     for size in possible:
         if num_bytes <= size * room:
             return size, f"{num_bytes / 1e9:.1f} GB of weights, of a GPU {room / 1e9:.1f} GB at most"
@@ -254,7 +255,8 @@ def gpu_bytes() -> int:
         return min(int(line) << 20 for line in answer.splitlines())
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
         raise ConfigError(
-            f"--placement.tensor-parallel: expected nvidia-smi to say how much memory a GPU has, got {error}; set it"
+            f"expected nvidia-smi to say how much memory a GPU has, got {error}; set --placement.tensor-parallel and "
+            "--engine.kv-cache-gib"
         ) from error
 
 

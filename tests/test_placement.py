@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlloop.config import EngineSettings, RunSettings, TrainerSettings, TrainingSettings
+from rlloop.config import EngineSettings, RefitSettings, RunSettings, TrainerSettings, TrainingSettings
 from rlloop.errors import ConfigError
 from rlloop.placement import (
     Placement,
@@ -285,6 +285,12 @@ def test_an_engine_gets_as_many_gpus_as_its_weights_need(tmp_path: Path, num_gig
 
 
 @pytest.mark.usefixtures("four_gpus")
+def test_weights_that_are_merged_are_there_twice(tmp_path: Path) -> None:
+    settings = RunSettings(model=model_folder(tmp_path, 40), refit=RefitSettings(form="merged"))
+    assert str(place(settings)).startswith("in bfloat16, 1 engine of 2 ranks on GPUs 0, 1")
+
+
+@pytest.mark.usefixtures("four_gpus")
 def test_a_model_that_the_gpus_cannot_hold_or_share_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"expected GPUs for 80.0 GB of weights .*, found 2 x 36.0 GB; .*tensor-parallel"
@@ -351,7 +357,7 @@ def test_gpu_bytes_are_the_smallest_gpus(monkeypatch: pytest.MonkeyPatch, tmp_pa
     program.write_text("#!/bin/sh\nprintf '81559\\n40960\\n'\n")
     assert gpu_bytes() == 40 << 30
     program.write_text("#!/bin/sh\nexit 9\n")
-    with pytest.raises(ConfigError, match=r"--placement.tensor-parallel: expected nvidia-smi to say .*status 9"):
+    with pytest.raises(ConfigError, match=r"expected nvidia-smi to say .*status 9.*--placement.tensor-parallel"):
         gpu_bytes()
 
 

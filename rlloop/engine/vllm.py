@@ -19,7 +19,7 @@ import numpy as np
 from rlloop.config import EngineSettings
 from rlloop.engine import vllm_compat
 from rlloop.engine.flights import HOPPING, HOPPING_ID, Flight, Flights, Swap, continued, joined
-from rlloop.errors import EngineError, RefitError
+from rlloop.errors import ConfigError, EngineError, RefitError
 from rlloop.models import weight_bytes
 from rlloop.placement import divide, gpu_bytes
 from rlloop.processes import blocked_signals
@@ -123,11 +123,14 @@ class VllmEngine:
     async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
         """See `Engine.publish`."""
         started = time.monotonic()
-        sent = {
-            field.name: getattr(ticket, field.name) for field in fields(ticket)
-        }  # asdict would copy the manifest, for ms
+        if self._is_merged and version in self._versions:
+            raise RefitError(f"policy version {version} is loaded already; a version is immutable")
+        # Not by asdict, which would copy the names and shapes one by one.
+        sent = {field.name: getattr(ticket, field.name) for field in fields(ticket)}
         ranks = await self._call_workers("refit_load", version, sent, self._serves_hops)
         if problem := _first_problem(ranks, ticket):
+            if self._is_merged and any("swapped_at" in rank for rank in ranks):
+                self._versions.clear()  # the weights may be a mixture
             if version not in self._versions:  # some ranks may hold it
                 await self._call_workers("refit_drop", version)
             raise RefitError(f"the engine refused policy version {version}: {problem}")
@@ -186,6 +189,8 @@ class VllmEngine:
 
     def _check(self, request: GenerationRequest) -> None:
         pinned = request.in_flight == "finish"
+        if not pinned and not self._versions:
+            raise EngineError("no policy version is loaded")
         if pinned and request.policy_version not in self._versions:  # vLLM's engine process dies of it
             raise EngineError(
                 f"policy version {request.policy_version} is not loaded; the engine serves {sorted(self._versions)}"
@@ -367,11 +372,18 @@ def _device_arguments(
     settings: EngineSettings, cores: frozenset[int] | None, gpus: Sequence[int], kept_bytes: int
 ) -> dict[str, Any]:
     if cores is None:
-        share = settings.gpu_memory_utilization - (kept_bytes / gpu_bytes() if kept_bytes else 0)
-        memory: dict[str, float] = {"gpu_memory_utilization": share}
+        memory: dict[str, float] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
         if settings.kv_cache_gib is not None:
             # Then the share is not used, only held against what is free, of which others may have taken much.
             memory = {"kv_cache_memory_bytes": settings.kv_cache_gib << 30, "gpu_memory_utilization": 0.01}
+        elif kept_bytes:
+            memory["gpu_memory_utilization"] -= kept_bytes / gpu_bytes()
+            if memory["gpu_memory_utilization"] <= 0:
+                raise ConfigError(
+                    f"--refit.form merged keeps {kept_bytes / 1e9:.1f} GB of weights on each GPU beside those that are merged, "
+                    f"more than --engine.gpu-memory-utilization {settings.gpu_memory_utilization} allows: raise it, or set "
+                    "--placement.tensor-parallel"
+                )
         # Rather than CUDA_VISIBLE_DEVICES: the engine must see the trainer's GPU, whose memory it maps.
         return {**memory, "enforce_eager": settings.enforce_eager, "device_ids": list(gpus) or None}
     return {

@@ -9,36 +9,35 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from rlloop.refit.arrivals import Arrivals
 from rlloop.refit.digest import digest
-from rlloop.refit.slots import Layers, Manifest, Shares, find_places, split
+from rlloop.refit.slots import Layers, Manifest, Place, Shares, find_places, split
 
 
 class Merged:
-    """Of one worker. Raises ValueError, before it writes anything, on an adapter that does not fit the model."""
+    """Of one worker. Raises ValueError, before anything is written, on an adapter that does not fit the model."""
 
     def __init__(self, worker: Any) -> None:
-        self._worker = worker
         runner = worker.model_runner
         self._arrivals = Arrivals(runner.device, runner.model_config.dtype)
-        self._manifest: Manifest = []
-        self._weights: _Weights | None = None
+        self._weights: InPlace | Reloaded = Reloaded(worker)
+        if runner.device.type != "cpu":
+            model = runner.get_model()
+            self._weights = InPlace(model, lora_layers(model), runner.model_config.dtype)
         self._flat = torch.empty(0)
 
     def load(self, version: int, ticket: dict[str, Any]) -> dict[str, Any]:
-        """Take it, and see that it came whole; `swap` writes it."""
+        """Take it, and see that it came whole and fits; `swap` writes it."""
         with self._arrivals.stream():
             started = time.monotonic()
             self._flat = self._arrivals.take(ticket)
             transferred = self._arrivals.now()
             found = digest(self._flat, ticket["manifest"])
-        if ticket["manifest"] != self._manifest:
-            self._weights = self._make_weights(ticket["manifest"])
-            self._manifest = ticket["manifest"]
+        self._weights.arrange(ticket["manifest"])
         return {
             "digest": found,
             "different": None,
@@ -47,28 +46,11 @@ class Merged:
             "verify_seconds": time.monotonic() - transferred,
         }
 
-    def _make_weights(self, manifest: Manifest) -> _Weights:
-        if self._flat.device.type == "cpu":
-            return Reloaded(self._worker, manifest)
-        if isinstance(self._weights, InPlace):  # of a run before this one
-            self._weights.restore()
-        model = self._worker.model_runner.get_model()
-        return InPlace(model, lora_layers(model), manifest)
-
-    def swap(self) -> dict[str, Any]:
+    def swap(self) -> None:
         """Write it, behind the forward pass that may be running; what was sent may be overwritten when this returns."""
-        assert self._weights is not None
-        swapped_at = time.monotonic()
         self._weights.write(self._flat)
         if self._flat.is_cuda:
             torch.cuda.synchronize(self._flat.device)
-        return {"swapped_at": swapped_at}
-
-
-class _Weights(Protocol):
-    def write(self, flat: torch.Tensor) -> None:
-        """An adapter, all of whose tensors are there."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +59,6 @@ class _Target:
 
     weight: torch.Tensor
     """[out, in], a view of what the kernels read."""
-    base: torch.Tensor
-    """W0."""
     a: int
     b: int
     """Places of A and B in the manifest."""
@@ -87,61 +67,90 @@ class _Target:
 class InPlace:
     """Into the parameters that the kernels read. Their addresses stay, and so CUDA graphs go on working."""
 
-    def __init__(self, model: torch.nn.Module, layers: Layers, manifest: Manifest) -> None:
-        self._manifest = manifest
-        self._places = find_places(layers, model, [name for name, _ in manifest])
-        self._shares = Shares(self._places, manifest, are_sharded=True)
-        parts = self._shares.of_each([torch.empty(*shape, device="meta") for _, shape in manifest])
+    def __init__(self, model: torch.nn.Module, layers: Layers, dtype: torch.dtype) -> None:
+        self._model, self._layers, self._dtype = model, layers, dtype
+        self._manifest: Manifest = []
+        self._shares = Shares([], [], are_sharded=True)
+        self._targets: list[_Target] = []
+        self._written: list[_Target] = []
+        """Those that are not W0 now."""
+        self._bases: dict[int, torch.Tensor] = {}
+        """W0 of all that were ever written, by address."""
+
+    def arrange(self, manifest: Manifest) -> None:
+        """Get to know an adapter's tensors, and check that they fit; writes nothing."""
+        if manifest == self._manifest:
+            return
+        places = find_places(self._layers, self._model, [name for name, _ in manifest])
+        shares = Shares(places, manifest, are_sharded=True)
+        parts = shares.of_each([torch.empty(*shape, dtype=self._dtype, device="meta") for _, shape in manifest])
         pairs: dict[tuple[int, int], dict[bool, int]] = {}
-        for number, (layer, index, is_a) in enumerate(self._places):
+        for number, (layer, index, is_a) in enumerate(places):
             pairs.setdefault((id(layer), index), {})[is_a] = number
-        self._targets = [self._target(parts, pair[True], pair[False]) for pair in pairs.values()]
+        self._targets = [
+            _target(places[pair[True]], manifest, parts, pair[True], pair[False]) for pair in pairs.values()
+        ]
+        self._manifest, self._shares = manifest, shares
 
     @torch.no_grad()
     def write(self, flat: torch.Tensor) -> None:
-        """Rounded once: W0 and the products are added up in fp32."""
+        """The arranged adapter. Rounded once: W0 and the products are added up in fp32."""
+        if self._written is not self._targets:  # of a run before this one
+            self.restore()
+            self._written = self._targets
         parts = self._shares.of(flat)
         for target in self._targets:
-            torch.addmm(target.base, parts[target.b], parts[target.a], out=target.weight)
+            base = self._bases.get(target.weight.data_ptr())
+            if base is None:
+                base = self._bases[target.weight.data_ptr()] = target.weight.clone()
+            torch.addmm(base, parts[target.b], parts[target.a], out=target.weight)
 
     def restore(self) -> None:
         """The base model."""
-        for target in self._targets:
-            target.weight.copy_(target.base)
+        for target in self._written:
+            target.weight.copy_(self._bases[target.weight.data_ptr()])
+        self._written = []
 
-    def _target(self, parts: Sequence[torch.Tensor], a: int, b: int) -> _Target:
-        layer, index, _ = self._places[a]
-        weight: torch.Tensor = layer.base_layer.weight.detach()
-        start = sum(layer.output_slices[:index])
-        weight = weight[start : start + len(parts[b])]
-        if not weight.is_floating_point() or (len(parts[b]), *parts[a].shape[1:]) != weight.shape:
-            raise ValueError(
-                f"{self._manifest[a][0]} is {list(parts[a].shape)} and B {list(parts[b].shape)}, but the model's weight "
-                f"{list(weight.shape)} of {weight.dtype}"
-            )
-        return _Target(weight, weight.clone(), a, b)
+
+def _target(place: Place, manifest: Manifest, parts: Sequence[torch.Tensor], a: int, b: int) -> _Target:
+    layer, index, _ = place
+    weight: torch.Tensor = layer.base_layer.weight.detach()
+    start = sum(layer.output_slices[:index])
+    weight = weight[start : start + len(parts[b])]
+    if (len(parts[b]), *parts[a].shape[1:]) != weight.shape or weight.dtype != parts[a].dtype:
+        raise ValueError(
+            f"{manifest[a][0]} is {list(parts[a].shape)} and B {list(parts[b].shape)} of {parts[a].dtype}, but the model's "
+            f"weight {list(weight.shape)} of {weight.dtype}"
+        )
+    return _Target(weight, a, b)
 
 
 class Reloaded:
     """Through vLLM's loader, which packs weights for the kernels of a CPU; W0 is read from the model's files each time."""
 
-    def __init__(self, worker: Any, manifest: Manifest) -> None:
-        self._worker, self._manifest = worker, manifest
-        self._names = [name.removeprefix("base_model.model.") for name, _ in manifest]
-        shapes: dict[str, list[int]] = {
-            name: list(shape) for name, (_, shape) in zip(self._names, manifest, strict=True)
-        }
-        for name, weight in _saved_weights(worker):
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._manifest: Manifest = []
+        self._names: list[str] = []
+
+    def arrange(self, manifest: Manifest) -> None:
+        """Get to know an adapter's tensors, and check that they fit; writes nothing."""
+        if manifest == self._manifest:
+            return
+        names = [name.removeprefix("base_model.model.") for name, _ in manifest]
+        shapes: dict[str, Any] = {name: list(shape) for name, (_, shape) in zip(names, manifest, strict=True)}
+        for name, weight in _saved_weights(self._worker):
             a, b = _of(shapes, name)
             if (a or b) and not (a and b and [b[0], a[1]] == list(weight.shape)):
                 raise ValueError(f"{name}: A is {a} and B {b}, but the model's weight {list(weight.shape)}")
         if shapes:
             raise ValueError(f"{len(shapes)} tensors belong to no weight of the model, for example {list(shapes)[:3]}")
+        self._manifest, self._names = manifest, names
 
     @torch.no_grad()
     def write(self, flat: torch.Tensor) -> None:
         """All weights, with A and B added to those that have them."""
-        named = dict(zip(self._names, split(flat, self._manifest), strict=True))
+        named: dict[str, Any] = dict(zip(self._names, split(flat, self._manifest), strict=True))
 
         def weights() -> Iterator[tuple[str, torch.Tensor]]:
             for name, weight in _saved_weights(self._worker):
@@ -168,12 +177,13 @@ def lora_layers(model: Any) -> Layers:
     layers: dict[str, tuple[Any, int]] = {}
     for name, module in model.named_modules():
         if isinstance(module, LinearBase):
-            parent, _, own = name.rpartition(".")
+            own = name.rpartition(".")[2]
+            parent = name.removesuffix(own)
             parts = packed.get(own, [])
             layer = from_layer(module, 1, config, parts, model.config)
             if layer is not module:
                 layer.lora_a_stacked = layer.lora_b_stacked = ()
-                layers |= {f"{parent}.{part}": (layer, index) for index, part in enumerate(parts or [own])}
+                layers |= {f"{parent}{part}": (layer, index) for index, part in enumerate(parts or [own])}
     return layers
 
 

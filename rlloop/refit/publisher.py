@@ -66,8 +66,8 @@ class Refit:
         """
         started = monotonic()
         with self._events.span("refit", "refit", policy_version=version):
-            await self._make_room()
             ticket = await self._trainer.export_adapter(self._adapter)
+            await self._make_room()  # last, for nothing may lease a version that is overwritten
             with CancelScope(shield=True):  # a version that is loaded is known, and so retired
                 report = await self._engine.publish(version, ticket)
                 self._served.add(version)

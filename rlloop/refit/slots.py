@@ -105,14 +105,17 @@ class Shares:
         self._parts: list[torch.Tensor] = []
 
     def of(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Views of the flat tensor, in the manifest's order: worked out once for each that comes, which takes milliseconds."""
+        """In the manifest's order. Where they are views of the flat tensor, as they mostly are, they are worked out once for each
+        that comes, for that takes milliseconds."""
         if (flat.data_ptr(), flat.numel()) != (self._flat.data_ptr(), self._flat.numel()):
             self._parts = self.of_each(split(flat, self._manifest))
-            self._flat = flat  # kept, so that no other tensor gets its address
+            storage = flat.untyped_storage().data_ptr()
+            are_views = all(part.untyped_storage().data_ptr() == storage for part in self._parts)
+            self._flat = flat if are_views else torch.empty(0)  # kept, so that no other tensor gets its address
         return self._parts
 
     def of_each(self, whole: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Views of whole tensors."""
+        """Of whole tensors. Views, but where vLLM cuts them out of one that is fused in the model's files, too."""
         if not self._are_sharded:
             return whole
         return [

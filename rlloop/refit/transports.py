@@ -41,7 +41,10 @@ class _Packer:
         self._shapes: dict[str, torch.Size] = {}
         self._flat = torch.empty(0)
         self._manifest: Manifest = ()
-        self._places: dict[str, torch.Tensor] = {}
+        self._downs: list[str] = []
+        self._ups: list[str] = []
+        self._places: list[torch.Tensor] = []
+        """Of the former, then of the latter."""
 
     @torch.no_grad()
     def pack(self, tensors: Mapping[str, torch.Tensor], scale: float, flat: torch.Tensor) -> tuple[Manifest, str]:
@@ -49,13 +52,9 @@ class _Packer:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if shapes != self._shapes or (flat.data_ptr(), flat.numel()) != (self._flat.data_ptr(), self._flat.numel()):
             self._arrange(shapes, flat)
-        ups = [name for name in self._places if ".lora_B." in name]
-        downs = [name for name in self._places if ".lora_A." in name]
         # In the tensors' own precision; cast as they are copied.
-        scaled = torch._foreach_mul([tensors[name] for name in ups], scale)
-        torch._foreach_copy_(
-            [self._places[name] for name in (*downs, *ups)], [*(tensors[name] for name in downs), *scaled]
-        )
+        scaled = torch._foreach_mul([tensors[name] for name in self._ups], scale)
+        torch._foreach_copy_(self._places, [*(tensors[name] for name in self._downs), *scaled])
         return self._manifest, digest(flat, self._manifest)
 
     def _arrange(self, shapes: dict[str, torch.Size], flat: torch.Tensor) -> None:
@@ -63,7 +62,10 @@ class _Packer:
             raise RefitError(f"an engine's adapter slots hold A and B only, got {others[0]} (of DoRA)")
         self._manifest = tuple((name, (shapes[name][0], shapes[name][1])) for name in sorted(shapes))
         pieces = flat.split([rows * columns for _, (rows, columns) in self._manifest])
-        self._places = {name: piece.view(shape) for (name, shape), piece in zip(self._manifest, pieces, strict=True)}
+        places = {name: piece.view(shape) for (name, shape), piece in zip(self._manifest, pieces, strict=True)}
+        self._downs = [name for name in places if ".lora_A." in name]
+        self._ups = [name for name in places if ".lora_B." in name]
+        self._places = [places[name] for name in (*self._downs, *self._ups)]
         self._shapes, self._flat = shapes, flat  # kept, so that no other tensor gets its address
 
 
@@ -135,6 +137,7 @@ class MemoryWriter:
             (SHARED_MEMORY / self.segment_name).unlink(missing_ok=True)
             self._segment.release()
             self._segment = None
+            self._staged = None
             self._packer = _Packer()
 
 

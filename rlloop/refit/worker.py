@@ -2,7 +2,7 @@
 
 vLLM mixes this class into its worker (`worker_extension_cls`); `collective_rpc` calls the methods on every rank, between
 two forward passes. vLLM itself checks almost nothing here: names that no layer serves, or an A without its B, are skipped
-in silence, and the base model is sampled. So everything is checked before the load, and read back after it.
+in silence, and the base model is sampled. So everything is checked before the load, and slots are read back after it.
 """
 
 from __future__ import annotations
@@ -29,22 +29,24 @@ class LoraRefit:
     def refit_load(self, version: int, ticket: dict[str, Any], swaps: bool) -> dict[str, Any]:
         """Load a version beside the others, and if it `swaps`, under the requests that go on with the newest.
 
-        -> `error`, with what is served as it was, on anything vLLM would ignore. Not raised: vLLM stops listening to the other
-        ranks then, and takes their answers for those of the next call.
+        -> `error` on anything vLLM would ignore, with what is served as it was, unless there is `swapped_at`. Not raised: vLLM
+        stops listening to the other ranks then, and takes their answers for those of the next call.
         """
+        report: dict[str, Any] = {}
         try:
             if "_refit" not in self.__dict__:
                 manager = getattr(self.model_runner, "lora_manager", None)
                 self._refit = Merged(self) if manager is None else _InSlots(manager)
             report = self._refit.load(version, ticket)
             if swaps and not report["different"] and report["digest"] == ticket["digest"]:
-                report |= self._refit.swap()
+                report["swapped_at"] = time.monotonic()
+                report["different"] = self._refit.swap()
                 report["num_sampled"] = vllm_compat.num_sampled_tokens(self.model_runner)
                 report["load_seconds"] += time.monotonic() - report["swapped_at"]
             return report
         except Exception as error:
             logging.getLogger("vllm.rlloop").exception("policy version %d", version)
-            return {"error": str(error)}
+            return report | {"error": str(error)}
 
     def refit_drop(self, version: int) -> None:
         """Free a version's slot."""
@@ -96,8 +98,7 @@ class _InSlots:
                 "verify_seconds": time.monotonic() - loaded,
             }
 
-    def swap(self) -> dict[str, Any]:
+    def swap(self) -> str | None:
         """Give requests that hop what was loaded last; on the stream of the forward passes, of which one may still read it."""
-        swapped_at = time.monotonic()
         held = self._slots.fill(HOPPING_ID, self._parts)
-        return {"swapped_at": swapped_at, "different": first_difference(self._slots.manifest, self._parts, held)}
+        return first_difference(self._slots.manifest, self._parts, held)

@@ -82,8 +82,10 @@ DOCUMENTED: dict[str, Metric] = {
     "refit/transfer_seconds": Metric(
         "seconds", "In the engine: from the transport to its device.", "perf/weight_sync_transfer_s"
     ),
-    "refit/load_seconds": Metric("seconds", "In the engine: into a free slot."),
-    "refit/verify_seconds": Metric("seconds", "In the engine: digest of what the slot holds."),
+    "refit/load_seconds": Metric("seconds", "In the engine: into a free slot, or the weights."),
+    "refit/verify_seconds": Metric(
+        "seconds", "In the engine: digest of what the slot holds, or of what is to be merged."
+    ),
     "refit/canary_difference": Metric(
         "nats",
         "Mean absolute difference of engine's and trainer's logprobs of the canary's tokens, before this step's update; "

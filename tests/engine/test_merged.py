@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -59,6 +58,14 @@ def test_some_modules_alone(harness: Harness) -> None:
     )
     others = {name: w if "q_proj" in name else torch.zeros_like(w) for name, w in weights.items()}
     harness.assert_sampled_by(others, harness.generate(version))
+
+
+def test_a_version_is_immutable(harness: Harness) -> None:
+    version, weights = harness.publish()
+    _, others = harness.new_version()
+    with pytest.raises(RefitError, match="loaded already"):
+        harness.do(lambda: harness.engine.publish(version, harness.write(others)))
+    harness.assert_sampled_by(weights, harness.generate(version))
 
 
 def test_requests_in_flight_hop(harness: Harness) -> None:
@@ -119,19 +126,26 @@ SIZES = {  # out, in
 }
 
 
+FUSED = {
+    "self_attn.qkv_proj": ((HEADS + 2 * KEY_VALUE_HEADS) * HEAD_SIZE, HIDDEN),
+    "mlp.gate_up_proj": (2 * FEATURES, HIDDEN),
+    "self_attn.o_proj": SIZES["self_attn.o_proj"],
+    "mlp.down_proj": SIZES["mlp.down_proj"],
+}
+PREFIX = "base_model.model."
+
+
 class Layer(nn.Module):
     """vLLM's layers with the weights of one tensor-parallel rank, under the names that they have in a model."""
 
-    packed_modules_mapping: ClassVar = {
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
     config = None
 
-    def __init__(self) -> None:
+    def __init__(self, is_fused: bool = False) -> None:
         from vllm.model_executor.layers import linear
 
         super().__init__()
+        parts = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+        self.packed_modules_mapping = {name: [name] for name in parts} if is_fused else parts
         self.self_attn, self.mlp = nn.Module(), nn.Module()
         self.self_attn.qkv_proj = linear.QKVParallelLinear(HIDDEN, HEAD_SIZE, HEADS, KEY_VALUE_HEADS, bias=False)
         self.self_attn.o_proj = linear.RowParallelLinear(HEADS * HEAD_SIZE, HIDDEN, bias=False)
@@ -140,12 +154,14 @@ class Layer(nn.Module):
 
     def load(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """With vLLM's own loaders; -> this rank's parts."""
-        for name, (parent, shard) in {
-            **{f"self_attn.{kind}_proj": (self.self_attn.qkv_proj, kind) for kind in "qkv"},
-            **{f"mlp.{kind}_proj": (self.mlp.gate_up_proj, index) for index, kind in enumerate(("gate", "up"))},
-            **{name: (self.get_submodule(name), None) for name in ("self_attn.o_proj", "mlp.down_proj")},
-        }.items():
-            parent.weight.weight_loader(parent.weight, weights[name], *(() if shard is None else (shard,)))
+        qkv, gate_up = self.self_attn.qkv_proj, self.mlp.gate_up_proj
+        parts = {
+            **{f"self_attn.{kind}_proj": (qkv, kind) for kind in "qkv"},
+            **{f"mlp.{kind}_proj": (gate_up, index) for index, kind in enumerate(("gate", "up"))},
+        }
+        for name, weight in weights.items():
+            layer, *shard = parts.get(name) or (self.get_submodule(name),)
+            layer.weight.weight_loader(layer.weight, weight, *shard)
         return {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
 
 
@@ -160,41 +176,53 @@ def layers_of(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> Iterator
         yield
 
 
+@pytest.mark.parametrize("is_fused", [False, True], ids=["split in the files", "fused in the files, too"])
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2)])
 def test_in_place_each_rank_gets_what_the_loader_would_give_it(
-    monkeypatch: pytest.MonkeyPatch, rank: int, size: int
+    monkeypatch: pytest.MonkeyPatch, rank: int, size: int, is_fused: bool
 ) -> None:
-    """Of W0 + B A; and the base to the bit with a zero adapter, and when another adapter takes its place."""
+    """Of W0 + B A, for adapters that come one after the other in one buffer; with a zero adapter the base to the bit."""
+    sizes = FUSED if is_fused else SIZES
     random = torch.Generator().manual_seed(0)
-    base = {name: torch.randn(shape, generator=random) for name, shape in SIZES.items()}
-    adapter = {
-        f"base_model.model.{name}.lora_{half}.weight": torch.randn(shape, generator=random)
-        for name, (rows, columns) in SIZES.items()
-        for half, shape in (("A", (4, columns)), ("B", (rows, 4)))
-    }
-    manifest = [(name, list(adapter[name].shape)) for name in sorted(adapter)]
-    sent = torch.cat([adapter[name].flatten() for name, _ in manifest])
-    nothing = torch.cat([adapter[name].flatten() * (".lora_A." in name) for name, _ in manifest])
+    base = {name: torch.randn(shape, generator=random) for name, shape in sizes.items()}
     with layers_of(monkeypatch, rank, size):
-        layer, expected = Layer(), Layer()
+        layer, expected = Layer(is_fused), Layer(is_fused)
     unchanged = layer.load(base)
-    down_up = {name: [adapter[f"base_model.model.{name}.lora_{half}.weight"] for half in "AB"] for name in SIZES}
-    merged = expected.load({name: base[name] + b @ a for name, (a, b) in down_up.items()})
-    weights = InPlace(layer, lora_layers(layer), manifest)
-    for flat, right in ((sent, merged), (nothing, unchanged), (sent, merged)):
-        weights.write(flat)
+    weights = InPlace(layer, lora_layers(layer), torch.float32)
+    buffer = torch.empty(sum(4 * sum(shape) for shape in sizes.values()))
+    for scale, names in ((1.0, [*sizes]), (0.0, [*sizes]), (2.0, [*sizes]), (1.0, ["mlp.down_proj"])):
+        adapter = {
+            f"{PREFIX}{name}.lora_{half}.weight": torch.randn(shape, generator=random) * (scale if half == "B" else 1)
+            for name in names
+            for half, shape in (("A", (4, sizes[name][1])), ("B", (sizes[name][0], 4)))
+        }
+        manifest = [(name, list(adapter[name].shape)) for name in sorted(adapter)]
+        flat = torch.cat([adapter[name].flatten() for name, _ in manifest])
+        weights.arrange(manifest)
+        weights.write(buffer[: len(flat)].copy_(flat))
+        merged = dict(base)
+        for name in names:
+            a, b = (adapter[f"{PREFIX}{name}.lora_{half}.weight"] for half in "AB")
+            merged[name] = base[name] + b @ a
+        right = expected.load(merged)
         for name, parameter in layer.named_parameters():
-            if right is unchanged:
-                assert parameter.equal(right[name])
             torch.testing.assert_close(parameter.detach(), right[name])
+            assert scale or parameter.equal(unchanged[name])
     weights.restore()
     assert all(parameter.equal(unchanged[name]) for name, parameter in layer.named_parameters())
 
 
-def test_in_place_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_place_another_size_or_dtype_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with layers_of(monkeypatch, 0, 1):
         layer = Layer()
-    name = "base_model.model.mlp.down_proj.lora_{}.weight"
-    for a, b in (([4, FEATURES - 1], [HIDDEN, 4]), ([4, FEATURES], [HIDDEN + 1, 4])):
+    name = PREFIX + "mlp.down_proj.lora_{}.weight"
+    right = [4, FEATURES], [HIDDEN, 4]
+    for a, b, dtype in (
+        ([4, FEATURES - 1], right[1], torch.float32),
+        (right[0], [HIDDEN + 1, 4], torch.float32),
+        (*right, torch.bfloat16),
+    ):
+        before = layer.mlp.down_proj.weight.clone()
         with pytest.raises(ValueError, match=r"mlp\.down_proj"):
-            InPlace(layer, lora_layers(layer), [(name.format("A"), a), (name.format("B"), b)])
+            InPlace(layer, lora_layers(layer), dtype).arrange([(name.format("A"), a), (name.format("B"), b)])
+        assert layer.mlp.down_proj.weight.equal(before)
