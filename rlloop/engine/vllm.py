@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -17,11 +15,10 @@ import anyio
 import numpy as np
 
 from rlloop.config import EngineSettings
-from rlloop.engine import vllm_compat
+from rlloop.engine import vllm_arguments, vllm_compat
 from rlloop.engine.flights import HOPPING, HOPPING_ID, Flight, Flights, Swap, continued, joined
-from rlloop.errors import ConfigError, EngineError, RefitError
+from rlloop.errors import EngineError, RefitError
 from rlloop.models import weight_bytes
-from rlloop.placement import divide, gpu_bytes
 from rlloop.processes import blocked_signals
 from rlloop.types import AdapterTicket, Completion, EngineStatistics, GenerationRequest, RefitForm, RefitReport
 
@@ -334,8 +331,8 @@ async def start_vllm(
                 worker_extension_cls=WORKER_EXTENSION,
                 use_tqdm_on_load=False,
                 tensor_parallel_size=tensor_parallel,
-                **(_slots(num_versions + serves_hops, lora_rank) if form == "adapter" else {}),
-                **_device_arguments(settings, cores, gpus, kept),
+                **(vllm_arguments.slots(num_versions + serves_hops, lora_rank) if form == "adapter" else {}),
+                **vllm_arguments.device_arguments(settings, cores, gpus, kept),
             )
             if abandoned.is_set():  # while vLLM was imported, which takes seconds
                 return None
@@ -346,7 +343,7 @@ async def start_vllm(
 
     # Beside the weights that are merged, on each GPU.
     kept = weight_bytes(Path(model), dtype) // tensor_parallel if form == "merged" and cores is None else 0
-    _set_environment(settings, log_path, cores, tensor_parallel)
+    vllm_arguments.set_environment(settings, log_path, cores, tensor_parallel)
     try:
         llm = await anyio.to_thread.run_sync(create, abandon_on_cancel=True)
     except anyio.get_cancelled_exc_class():
@@ -357,63 +354,3 @@ async def start_vllm(
     finally:
         llm.shutdown()
         llm.shutdown = lambda *_: None  # its __del__ would call it again, when the interpreter has taken vLLM apart
-
-
-def _slots(number: int, lora_rank: int) -> dict[str, Any]:
-    return {
-        "enable_lora": True,
-        "max_loras": number,
-        "max_cpu_loras": number,  # fewer, and vLLM's caches evict one in use
-        "max_lora_rank": next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= lora_rank),
-    }
-
-
-def _device_arguments(
-    settings: EngineSettings, cores: frozenset[int] | None, gpus: Sequence[int], kept_bytes: int
-) -> dict[str, Any]:
-    if cores is None:
-        memory: dict[str, float] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
-        if settings.kv_cache_gib is not None:
-            # Then the share is not used, only held against what is free, of which others may have taken much.
-            memory = {"kv_cache_memory_bytes": settings.kv_cache_gib << 30, "gpu_memory_utilization": 0.01}
-        elif kept_bytes:
-            memory["gpu_memory_utilization"] -= kept_bytes / gpu_bytes()
-            if memory["gpu_memory_utilization"] <= 0:
-                raise ConfigError(
-                    f"--refit.form merged keeps {kept_bytes / 1e9:.1f} GB of weights on each GPU beside those that are merged, "
-                    f"more than --engine.gpu-memory-utilization {settings.gpu_memory_utilization} allows: raise it, or set "
-                    "--placement.tensor-parallel"
-                )
-        # Rather than CUDA_VISIBLE_DEVICES: the engine must see the trainer's GPU, whose memory it maps.
-        return {**memory, "enforce_eager": settings.enforce_eager, "device_ids": list(gpus) or None}
-    return {
-        "enforce_eager": True,
-        "block_size": 32,  # small, for only whole blocks are shared between prompts
-        # A prompt that is split over two steps rewinds its generator, which CPU generators refuse, and the engine dies.
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(4096, settings.max_model_len),
-    }
-
-
-def _set_environment(
-    settings: EngineSettings, log_path: Path, cores: frozenset[int] | None, tensor_parallel: int
-) -> None:
-    """vLLM reads these when it is imported and when it spawns its processes."""
-    handler = {"class": "logging.FileHandler", "filename": str(log_path.resolve()), "formatter": "plain"}
-    logging_config = {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"plain": {"format": "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"}},
-        "handlers": {"file": handler},
-        "loggers": {"vllm": {"handlers": ["file"], "level": "INFO", "propagate": False}},
-    }
-    config_path = log_path.with_suffix(".logging.json")
-    config_path.write_text(json.dumps(logging_config))
-    os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(config_path.resolve())
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if cores is not None:
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib or 1)
-        parts = [",".join(map(str, sorted(part or ()))) for part in divide(cores, tensor_parallel)]
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(parts)

@@ -1,0 +1,78 @@
+"""What vLLM is started with: arguments and environment, from an engine's settings and its place."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlloop.config import EngineSettings
+from rlloop.errors import ConfigError
+from rlloop.placement import divide, gpu_bytes
+
+
+def slots(number: int, lora_rank: int) -> dict[str, Any]:
+    """Room for so many adapters."""
+    return {
+        "enable_lora": True,
+        "max_loras": number,
+        "max_cpu_loras": number,  # fewer, and vLLM's caches evict one in use
+        "max_lora_rank": next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= lora_rank),
+    }
+
+
+def device_arguments(
+    settings: EngineSettings, cores: frozenset[int] | None, gpus: Sequence[int], kept_bytes: int
+) -> dict[str, Any]:
+    """Where it computes, and the memory it may take; `kept_bytes` of each GPU's are for W0, beside the weights that are merged.
+
+    Raises ConfigError when nothing is left.
+    """
+    if cores is None:
+        memory: dict[str, float] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+        if settings.kv_cache_gib is not None:
+            # Then the share is not used, only held against what is free, of which others may have taken much.
+            memory = {"kv_cache_memory_bytes": settings.kv_cache_gib << 30, "gpu_memory_utilization": 0.01}
+        elif kept_bytes:
+            memory["gpu_memory_utilization"] -= kept_bytes / gpu_bytes()
+            if memory["gpu_memory_utilization"] <= 0:
+                raise ConfigError(
+                    f"--refit.form merged keeps {kept_bytes / 1e9:.1f} GB of weights on each GPU beside those that are merged, "
+                    f"more than --engine.gpu-memory-utilization {settings.gpu_memory_utilization} allows: raise it, or set "
+                    "--placement.tensor-parallel"
+                )
+        # Rather than CUDA_VISIBLE_DEVICES: the engine must see the trainer's GPU, whose memory it maps.
+        return {**memory, "enforce_eager": settings.enforce_eager, "device_ids": list(gpus) or None}
+    return {
+        "enforce_eager": True,
+        "block_size": 32,  # small, for only whole blocks are shared between prompts
+        # A prompt that is split over two steps rewinds its generator, which CPU generators refuse, and the engine dies.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(4096, settings.max_model_len),
+    }
+
+
+def set_environment(
+    settings: EngineSettings, log_path: Path, cores: frozenset[int] | None, tensor_parallel: int
+) -> None:
+    """vLLM reads these when it is imported and when it spawns its processes."""
+    handler = {"class": "logging.FileHandler", "filename": str(log_path.resolve()), "formatter": "plain"}
+    logging_config = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"plain": {"format": "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"}},
+        "handlers": {"file": handler},
+        "loggers": {"vllm": {"handlers": ["file"], "level": "INFO", "propagate": False}},
+    }
+    config_path = log_path.with_suffix(".logging.json")
+    config_path.write_text(json.dumps(logging_config))
+    os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(config_path.resolve())
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if cores is not None:
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib or 1)
+        parts = [",".join(map(str, sorted(part or ()))) for part in divide(cores, tensor_parallel)]
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(parts)
