@@ -24,13 +24,11 @@ from typing import Any
 import anyio
 import torch
 from _report import Cell, Report
-from _runs import endless_model
-from refit import write_shape
+from refit import make_model
 from trainer import SHAPES
 
 from rlloop.config import EngineSettings, RunSettings
 from rlloop.engine.vllm import VllmEngine, start_vllm
-from rlloop.models import resolve_model
 from rlloop.placement import place, resolve_dtype
 from rlloop.processes import shared_memory_prefix
 from rlloop.refit.transports import MemoryWriter
@@ -58,10 +56,7 @@ def main() -> None:
     for name in options.shapes or [options.model]:
         with tempfile.TemporaryDirectory(dir="/dev/shm" if CUDA else None) as scratch:
             model = Path(scratch) / "model"
-            if name in SHAPES:
-                write_shape(name, model, resolve_model(options.model))
-            else:
-                endless_model(name, model)
+            make_model(name, model, options.model)
             rows: list[dict[str, Cell]] = []
             measure = partial(measure_model, model=model, options=options, rows=rows)
             run(measure, RunSettings(run_dir=Path(scratch) / "run"))

@@ -112,20 +112,21 @@ def main() -> None:
     for name in options.shapes or [options.model]:
         with tempfile.TemporaryDirectory(dir="/dev/shm" if CUDA else None) as scratch:
             model = Path(scratch) / "model"
-            if name in SHAPES:
-                write_shape(name, model, resolve_model(options.model))
-            else:
-                endless_model(name, model)
+            make_model(name, model, options.model)
             for rank in options.ranks:
                 measure = partial(measure_case, name=name, rank=rank, options=options, model=str(model), report=report)
                 run(measure, RunSettings(run_dir=Path(scratch) / "run"))
                 shutil.rmtree(Path(scratch) / "run")
 
 
-def write_shape(name: str, folder: Path, like: Path) -> None:
-    """Random weights, and the tokenizer of another model, which nobody uses but vLLM wants."""
+def make_model(name: str, folder: Path, like: str) -> None:
+    """A model that never stops by itself, or one of a shape: random weights, and the tokenizer of another, which nobody uses but
+    vLLM wants."""
+    if name not in SHAPES:
+        endless_model(name, folder)
+        return
     write_model(SHAPES[name], folder)
-    for file in like.glob("*token*"):
+    for file in resolve_model(like).glob("*token*"):
         shutil.copy(file, folder)
     torch.cuda.empty_cache()
 
@@ -261,23 +262,26 @@ async def measure_in_flight(publisher: Publisher, num_streams: int, *, hop: bool
         tasks.start_soon(publish_now_and_then)
         completions += await decode(engine, prompts, hop)
         tasks.cancel_scope.cancel()
-    own, other = await distances(trainer, prompts[:4], completions[:4], ("old", "new"))
+    own = other = None
+    if not hop:
+        found = await distances(trainer, prompts[:4], completions[:4], ("old", "new"))
+        own, other = (f"{distance:.1e}" for distance in found)
     return [
         {
             "requests": num_streams,
             "decode step, ms": step * 1e3,
             "transport": transport,
-            "publishes": len(found),
+            "publishes": len(published),
             "longest gap without: median, ms": median(gaps["none"]) * 1e3,
             "max ": max(gaps["none"]) * 1e3,
             "with a publish: median, ms": median(gaps[transport]) * 1e3,
             "max": max(gaps[transport]) * 1e3,
-            "publish, ms": median(each.publish_seconds for each in found) * 1e3,
-            "worker stalled, ms": median(each.stall_seconds for each in found) * 1e3,
-            "to own version, max": None if hop else f"{own:.1e}",
-            "to the other, max": None if hop else f"{other:.1e}",
+            "publish, ms": median(each.publish_seconds for each in published) * 1e3,
+            "worker stalled, ms": median(each.stall_seconds for each in published) * 1e3,
+            "to own version, max": own,
+            "to the other, max": other,
         }
-        for transport, found in reports.items()
+        for transport, published in reports.items()
     ]
 
 

@@ -93,9 +93,8 @@ class VllmEngine:
         prompt = TokensPrompt(prompt_token_ids=list(request.tokens))
         version = request.policy_version if request.in_flight == "finish" else self._newest
         name, hops = self._versions[version].name, request.in_flight == "hop"
-        if (
-            hops or self._is_merged
-        ):  # no adapter's name goes with the version, so that this keeps the prefix cache apart
+        if hops or self._is_merged:
+            # No adapter's name goes with the version: this keeps the prefix cache apart.
             prompt["cache_salt"] = name
         adapter = None
         if not self._is_merged:

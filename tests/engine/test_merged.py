@@ -45,7 +45,7 @@ def test_a_zero_adapter_is_the_base_model_to_the_bit(harness: Harness) -> None:
     found = []
     for sent in (nothing, weights, nothing):
         version, _ = harness.new_version()
-        harness.do(lambda version=version, sent=sent: harness.engine.publish(version, harness.write(sent)))  # type: ignore[misc]
+        harness.publish_as(version, sent)
         found += harness.generate(version)
     assert found[0].logprobs.tobytes() == found[2].logprobs.tobytes() != found[1].logprobs.tobytes()
 
@@ -53,19 +53,13 @@ def test_a_zero_adapter_is_the_base_model_to_the_bit(harness: Harness) -> None:
 def test_some_modules_alone(harness: Harness) -> None:
     """Query and not key and value, which vLLM has in one weight."""
     version, weights = harness.new_version()
-    harness.do(
-        lambda: harness.engine.publish(version, harness.write({n: w for n, w in weights.items() if "q_proj" in n}))
-    )
+    harness.publish_as(version, {name: w for name, w in weights.items() if "q_proj" in name})
     others = {name: w if "q_proj" in name else torch.zeros_like(w) for name, w in weights.items()}
     harness.assert_sampled_by(others, harness.generate(version))
 
 
 def test_a_version_is_immutable(harness: Harness) -> None:
-    version, weights = harness.publish()
-    _, others = harness.new_version()
-    with pytest.raises(RefitError, match="loaded already"):
-        harness.do(lambda: harness.engine.publish(version, harness.write(others)))
-    harness.assert_sampled_by(weights, harness.generate(version))
+    harness.assert_a_version_is_immutable()
 
 
 def test_requests_in_flight_hop(harness: Harness) -> None:

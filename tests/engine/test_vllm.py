@@ -67,7 +67,7 @@ def test_adapters_on_other_modules_take_turns(harness: Harness) -> None:
     for wanted in ("", "q_proj", "", "down_proj"):
         version, weights = harness.new_version()
         sent = {name: tensor for name, tensor in weights.items() if wanted in name}
-        harness.do(lambda version=version, sent=sent: harness.engine.publish(version, harness.write(sent)))  # type: ignore[misc]
+        harness.publish_as(version, sent)
         others = {name: tensor if name in sent else torch.zeros_like(tensor) for name, tensor in weights.items()}
         harness.assert_sampled_by(others, harness.generate(version))
         harness.do(lambda version=version: harness.engine.retire(version))  # type: ignore[misc]
@@ -247,11 +247,7 @@ def test_another_dtype_is_refused(harness: Harness) -> None:
 
 
 def test_a_version_is_immutable(harness: Harness) -> None:
-    version, weights = harness.publish()
-    _, others = harness.new_version()
-    with pytest.raises(RefitError, match="loaded already"):
-        harness.do(lambda: harness.engine.publish(version, harness.write(others)))
-    harness.assert_sampled_by(weights, harness.generate(version))
+    harness.assert_a_version_is_immutable()
 
 
 def test_a_cancelled_request_does_not_run_on(harness: Harness) -> None:

@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 
 import anyio
 import numpy as np
+import pytest
 import torch
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from rlloop.config import EngineSettings
 from rlloop.engine.vllm import VllmEngine, start_vllm
+from rlloop.errors import RefitError
 from rlloop.processes import guard, shared_memory_prefix
 from rlloop.refit.transports import DiskWriter, MemoryWriter
 from rlloop.types import AdapterTicket, Completion, GenerationRequest, InFlight
@@ -97,8 +99,11 @@ class Harness:
 
     def publish(self, transport: str = "memory") -> tuple[int, Weights]:
         version, weights = self.new_version()
-        self.do(lambda: self.engine.publish(version, self.write(weights, transport)))
+        self.publish_as(version, weights, transport)
         return version, weights
+
+    def publish_as(self, version: int, weights: Weights, transport: str = "memory") -> None:
+        self.do(lambda: self.engine.publish(version, self.write(weights, transport)))
 
     def generate(self, version: int, **changes: Any) -> list[Completion]:
         request = GenerationRequest(tokens=PROMPT, policy_version=version, max_tokens=16, seed=7)
@@ -108,6 +113,13 @@ class Harness:
         """Until the engine has sampled so many since it started."""
         while self.engine.statistics().num_generated_tokens < number:  # noqa: ASYNC110 - nothing else tells
             await anyio.sleep(0.002)
+
+    def assert_a_version_is_immutable(self) -> None:
+        version, weights = self.publish()
+        _, others = self.new_version()
+        with pytest.raises(RefitError, match="loaded already"):
+            self.publish_as(version, others)
+        self.assert_sampled_by(weights, self.generate(version))
 
     def retire_all(self) -> None:
         """Whatever a test did, the engine must be alive after it."""
