@@ -3,6 +3,8 @@
     python benchmarks/refit.py                                          # this machine, SmolLM2, ranks 8 and 32
     python benchmarks/refit.py --name h200_refit --shapes 8b 1.5b 135m  # one H200: random weights of these shapes, rank 32
 
+Of two GPUs the engine takes one and the trainer the other.
+
 For each form, adapters in slots and weights with the newest merged into them: first, on an idle engine, each transport in turn:
 seconds by stage, from the end of an optimizer step until the engine serves the new version. Then requests decode while versions
 are published through each transport: the longest time between two tokens of a request, as the engine's own clock has it, in
@@ -22,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import numpy as np
@@ -35,7 +37,7 @@ from rlloop.config import EngineSettings, RunSettings, TrainerSettings
 from rlloop.engine.vllm import VllmEngine, start_vllm
 from rlloop.losses import policy_loss
 from rlloop.models import resolve_model
-from rlloop.placement import place, resolve_dtype
+from rlloop.placement import place, resolve_dtype, visible_gpus
 from rlloop.processes import shared_memory_prefix
 from rlloop.refit.transports import Writer, make_writer
 from rlloop.run import run
@@ -56,43 +58,50 @@ CUDA = torch.cuda.is_available()
 TRANSPORTS: tuple[Transport, ...] = ("cuda_ipc", "memory", "disk") if CUDA else ("memory", "disk")
 STREAMS = (16, 256) if CUDA else (16,)
 NUM_TOKENS = 512 if CUDA else 48
+NUM_VERSIONS = 3
 STAGES = ("export_seconds", "transfer_seconds", "load_seconds", "verify_seconds", "publish_seconds")
 
 
 @dataclass
-class TurnsWriter:
-    """Hands each export to the next of several transports."""
+class ChosenWriter:
+    """Hands an export to the one of several transports that a file names: the writer lives in the trainer's process."""
 
-    writers: list[Writer]
-    turn: int = 0
+    writers: dict[Transport, Writer]
+    choice: Path
 
     def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
-        self.turn += 1
-        return self.writers[(self.turn - 1) % len(self.writers)].write(tensors, scale)
+        return self.writers[cast(Transport, self.choice.read_text())].write(tensors, scale)
 
     def close(self) -> None:
-        for writer in self.writers:
+        for writer in self.writers.values():
             writer.close()
 
 
 @dataclass
 class Publisher:
-    """Publishes adapters of the trainer as versions 1, 2, ..., through the transports in turn."""
+    """Publishes an adapter of the trainer as versions 1, 2, ...."""
 
     engine: VllmEngine
     trainer: Trainer
+    choice: Path
     version: int = 0
 
-    async def publish(self, name: str = "new") -> tuple[Transport, RefitReport]:
-        """As `rlloop.refit.publisher` does, and retire the version before; -> also whose turn it was."""
+    async def warm_up(self, transport: Transport) -> None:
+        """In the first publishes slots are arranged, and graphs recorded."""
+        for _ in range(2 * NUM_VERSIONS):
+            await self.publish(transport)
+
+    async def publish(self, transport: Transport) -> RefitReport:
+        """As `rlloop.refit.publisher` does, and retire the version before."""
+        self.choice.write_text(transport)
         started = monotonic()
-        ticket = await self.trainer.export_adapter(name)
+        ticket = await self.trainer.export_adapter("new")
         report = await self.engine.publish(self.version + 1, ticket)
         report = replace(report, publish_seconds=monotonic() - started)
         if self.version:
             await self.engine.retire(self.version)
         self.version += 1
-        return ticket.transport, report
+        return report
 
 
 def main() -> None:
@@ -144,8 +153,10 @@ async def measure_case(
     """One trainer with two adapters, an engine of each form; what is measured is written at once."""
     settings.run_dir.mkdir(exist_ok=True)
     placement, dtype = place(settings), resolve_dtype(settings)
-    segment = f"{shared_memory_prefix(marker)}refit"
+    segment, choice = f"{shared_memory_prefix(marker)}refit", settings.run_dir / "transport"
+    choice.write_text(TRANSPORTS[0])
     kind = "megatron" if CUDA else "peft"
+    has_own_gpus = not {*placement.engine_gpus} & {*placement.trainer_gpus} and CUDA
     async with AsyncExitStack() as stack:
         trainer = await stack.enter_async_context(
             trainer_class(kind)(
@@ -153,8 +164,11 @@ async def measure_case(
                 dtype=dtype,
                 settings=TrainerSettings(kind=kind),
                 temperature=1.0,
-                writer=TurnsWriter([make_writer(each, dtype, segment, settings.run_dir) for each in TRANSPORTS]),
+                writer=ChosenWriter(
+                    {each: make_writer(each, dtype, segment, settings.run_dir) for each in TRANSPORTS}, choice
+                ),
                 cores=placement.trainer_cores,
+                visible_gpus=",".join(visible_gpus()[gpu] for gpu in placement.trainer_gpus) or None,
                 log_path=settings.run_dir / "trainer.log",
             )
         )
@@ -166,15 +180,16 @@ async def measure_case(
             EngineSettings(max_model_len=NUM_TOKENS + 80, max_num_seqs=max(STREAMS), kv_cache_gib=options.kv_cache_gib),
             dtype=dtype,
             lora_rank=rank,
-            num_versions=3,
+            num_versions=NUM_VERSIONS,
             log_path=settings.run_dir / "engine.log",
             cores=placement.engine_cores,
+            gpus=placement.gpus_of(0),
         )
         for form in options.forms:
             async with start(form=form) as engine:
                 await engine.publish(0, await trainer.export_adapter("old"))
-                publisher = Publisher(engine, trainer)
-                title = f"{name}, rank {rank}, {form}"
+                publisher = Publisher(engine, trainer, choice)
+                title = f"{name}, rank {rank}, {form}" + (", each on its own GPU" if has_own_gpus else "")
                 stages = await measure_stages(publisher, options.repeats)
                 report.table(f"{title}: publish on an idle engine, medians of {options.repeats}, ms", stages)
                 in_flight = [
@@ -209,13 +224,13 @@ def sample(tokens: Any, logprobs: Any, advantage: float, prompt: int = 16) -> Sa
 
 
 async def measure_stages(publisher: Publisher, repeats: int) -> list[dict[str, Cell]]:
-    """All transports in turn; the first of each is a warm-up."""
-    reports: dict[Transport, list[RefitReport]] = {transport: [] for transport in TRANSPORTS}
-    for _ in range((repeats + 1) * len(TRANSPORTS)):
-        transport, report = await publisher.publish()
-        reports[transport].append(report)
+    """One transport after the other, as no run changes it."""
+    reports: dict[Transport, list[RefitReport]] = {}
+    for transport in TRANSPORTS:
+        await publisher.warm_up(transport)
+        reports[transport] = [await publisher.publish(transport) for _ in range(repeats)]
     times = {
-        transport: {stage: [getattr(each, stage) for each in found[1:]] for stage in STAGES}
+        transport: {stage: [getattr(each, stage) for each in found] for stage in STAGES}
         for transport, found in reports.items()
     }
     slowest = median(times["disk"]["publish_seconds"])
@@ -242,26 +257,26 @@ async def measure_in_flight(publisher: Publisher, num_streams: int, *, hop: bool
     step = seconds / NUM_TOKENS
     window = max(8 * step, 0.1)
     gaps: dict[str, list[float]] = {kind: [] for kind in ("none", *TRANSPORTS)}
-    reports: dict[str, list[RefitReport]] = {kind: [] for kind in TRANSPORTS}
+    reports: dict[Transport, list[RefitReport]] = {kind: [] for kind in TRANSPORTS}
     completions: list[Completion] = []
 
-    async def publish_now_and_then() -> None:
-        end = monotonic() + 0.8 * seconds
+    async def publish_now_and_then(transport: Transport) -> None:
+        await publisher.warm_up(transport)
         await anyio.sleep(4 * step + 0.2)
+        end = monotonic() + 0.8 * seconds
         while monotonic() < end:
-            for publishes in [False, True] * len(TRANSPORTS):
+            for kind in ("none", transport):
                 engine.reset_longest_gap()
-                kind: str = "none"
-                if publishes:
-                    kind, report = await publisher.publish()
-                    reports[kind].append(report)
+                if kind == transport:
+                    reports[transport].append(await publisher.publish(transport))
                 await anyio.sleep(window)
                 gaps[kind].append(engine.statistics().longest_gap_seconds)
 
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(publish_now_and_then)
-        completions += await decode(engine, prompts, hop)
-        tasks.cancel_scope.cancel()
+    for transport in TRANSPORTS:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(publish_now_and_then, transport)
+            completions += await decode(engine, prompts, hop)
+            tasks.cancel_scope.cancel()
     own = other = None
     if not hop:
         found = await distances(trainer, prompts[:4], completions[:4], ("old", "new"))

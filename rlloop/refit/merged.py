@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rlloop.recorded import Recorded
 from rlloop.refit.arrivals import Arrivals
 from rlloop.refit.digest import digest
 from rlloop.refit.slots import Layers, Manifest, Place, Shares, find_places, split
@@ -76,6 +77,9 @@ class InPlace:
         """Those that are not W0 now."""
         self._bases: dict[int, torch.Tensor] = {}
         """W0 of all that were ever written, by address."""
+        self._parts: list[torch.Tensor] = []
+        self._add = Recorded[None](torch.device("cpu"))
+        """Of those parts."""
 
     def arrange(self, manifest: Manifest) -> None:
         """Get to know an adapter's tensors, and check that they fit; writes nothing."""
@@ -99,6 +103,11 @@ class InPlace:
             self.restore()
             self._written = self._targets
         parts = self._shares.of(flat)
+        if parts is not self._parts:
+            self._parts, self._add = parts, Recorded(flat.device)
+        self._add(lambda: self._write(parts))
+
+    def _write(self, parts: Sequence[torch.Tensor]) -> None:
         for target in self._targets:
             base = self._bases.get(target.weight.data_ptr())
             if base is None:

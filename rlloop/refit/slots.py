@@ -8,12 +8,14 @@ from version to version, so the views are made once, and a load is a few kernels
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rlloop.engine import vllm_compat
 from rlloop.engine.flights import HOPPING_ID
+from rlloop.recorded import Recorded
 
 Manifest = Sequence[tuple[str, Sequence[int]]]
 """PEFT's name and the shape of each tensor, as an AdapterTicket has it."""
@@ -21,6 +23,14 @@ Place = tuple[Any, int, bool]
 """vLLM's LoRA layer, index of its slice (q, k and v are slices of one layer), whether the tensor is A."""
 Layers = Mapping[str, tuple[Any, int]]
 """vLLM's LoRA layer and the slice of it, by the name that the slice has in a checkpoint."""
+
+
+@dataclass
+class _Slot:
+    views: list[torch.Tensor]
+    """In the manifest's order."""
+    filled_from: Sequence[torch.Tensor]
+    fill: Recorded[None]
 
 
 class Slots:
@@ -39,8 +49,8 @@ class Slots:
         self.manifest: Manifest = []
         """Of the adapters that have the present arrangement."""
         self._places: list[Place] = []
-        self._views: dict[int, list[torch.Tensor]] = {}
-        """By slot, in the manifest's order; only for slots that hold zeros elsewhere."""
+        self._slots: dict[int, _Slot] = {}
+        """Only those that hold zeros elsewhere."""
         self.shares = Shares([], [], are_sharded=False)
 
     def arrange(self, manifest: Manifest) -> None:
@@ -49,7 +59,7 @@ class Slots:
             self._places = find_places(self._layers, self._manager.model, [name for name, _ in manifest])
             self.shares = Shares(self._places, manifest, are_sharded=self.are_sharded)
             self.manifest = manifest
-            self._views.clear()
+            self._slots.clear()
 
     def check_free(self, adapter_id: int) -> None:
         """`adapter_id` is not loaded, and there is a slot for it."""
@@ -63,18 +73,22 @@ class Slots:
     def fill(self, adapter_id: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copy them into the adapter's slot, or a free one; -> what that holds now, tensors in the manifest's order."""
         slots = self._manager.lora_index_to_id
-        slot = slots.index(adapter_id if adapter_id in slots else None)
-        if slot not in self._views:
+        index = slots.index(adapter_id if adapter_id in slots else None)
+        slot = self._slots.get(index)
+        if slot is None:
             for layer in self._manager.modules.values():
-                layer.reset_lora(slot)
-            self._views[slot] = [
-                _view(place, slot, name, part)
+                layer.reset_lora(index)
+            views = [
+                _view(place, index, name, part)
                 for place, (name, _), part in zip(self._places, self.manifest, parts, strict=True)
             ]
-        torch._foreach_copy_(self._views[slot], list(parts))
-        if slots[slot] is None:
-            vllm_compat.occupy_slot(self._manager, slot, adapter_id)
-        return self._views[slot]
+            slot = self._slots[index] = _Slot(views, (), Recorded(parts[0].device))
+        if parts is not slot.filled_from:
+            slot.filled_from, slot.fill = parts, Recorded(parts[0].device)
+        slot.fill(lambda: torch._foreach_copy_(slot.views, list(parts)))
+        if slots[index] is None:
+            vllm_compat.occupy_slot(self._manager, index, adapter_id)
+        return slot.views
 
 
 def find_places(layers: Layers, model: Any, names: Sequence[str]) -> list[Place]:

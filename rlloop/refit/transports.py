@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch.multiprocessing.reductions import reduce_tensor
 
 from rlloop.errors import RefitError
-from rlloop.refit.digest import digest
+from rlloop.recorded import Recorded
+from rlloop.refit.digest import checksum, spelled
 from rlloop.types import AdapterTicket, Transport
 
 FLAT = "adapter"  # the one tensor of a file
@@ -35,7 +36,7 @@ Manifest = tuple[tuple[str, tuple[int, int]], ...]
 
 class _Packer:
     """Flattens adapters. What lies where is worked out anew only for other names, shapes or another flat tensor: for the 448
-    tensors of an 8B model that takes longer than to copy them."""
+    tensors of an 8B model that takes longer than to copy them. So it is with the kernels, where the tensors stay, too."""
 
     def __init__(self) -> None:
         self._shapes: dict[str, torch.Size] = {}
@@ -45,17 +46,26 @@ class _Packer:
         self._ups: list[str] = []
         self._places: list[torch.Tensor] = []
         """Of the former, then of the latter."""
+        self._packed_from: object = None
+        self._copy = Recorded[torch.Tensor](self._flat.device)
 
     @torch.no_grad()
     def pack(self, tensors: Mapping[str, torch.Tensor], scale: float, flat: torch.Tensor) -> tuple[Manifest, str]:
-        """Into `flat`, on their device, B scaled; -> what is where, and the digest. A few kernels, however many tensors."""
+        """Into `flat`, on their device, B scaled; -> what is where, and the digest."""
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if shapes != self._shapes or (flat.data_ptr(), flat.numel()) != (self._flat.data_ptr(), self._flat.numel()):
             self._arrange(shapes, flat)
-        # In the tensors' own precision; cast as they are copied.
-        scaled = torch._foreach_mul([tensors[name] for name in self._ups], scale)
-        torch._foreach_copy_(self._places, [*(tensors[name] for name in self._downs), *scaled])
-        return self._manifest, digest(flat, self._manifest)
+        place = [(each.data_ptr(), each.stride(), each.dtype) for each in tensors.values()]
+        if (scale, place) != self._packed_from:
+            self._packed_from, self._copy = (scale, place), Recorded(flat.device)
+
+        def copy() -> torch.Tensor:
+            # In the tensors' own precision; cast as they are copied.
+            scaled = torch._foreach_mul([tensors[name] for name in self._ups], scale)
+            torch._foreach_copy_(self._places, [*(tensors[name] for name in self._downs), *scaled])
+            return checksum(flat)
+
+        return self._manifest, spelled(self._copy(copy), self._manifest)
 
     def _arrange(self, shapes: dict[str, torch.Size], flat: torch.Tensor) -> None:
         if others := [name for name in shapes if ".lora_A." not in name and ".lora_B." not in name]:
@@ -67,6 +77,7 @@ class _Packer:
         self._ups = [name for name in places if ".lora_B." in name]
         self._places = [places[name] for name in (*self._downs, *self._ups)]
         self._shapes, self._flat = shapes, flat  # kept, so that no other tensor gets its address
+        self._packed_from = None
 
 
 @dataclass

@@ -15,8 +15,9 @@ import torch
 
 from rlloop.engine import cpu_lora, vllm_compat
 from rlloop.engine.flights import HOPPING_ID
+from rlloop.recorded import Recorded
 from rlloop.refit.arrivals import Arrivals
-from rlloop.refit.digest import digest
+from rlloop.refit.digest import checksum, digest, spelled
 from rlloop.refit.merged import Merged
 from rlloop.refit.slots import Manifest, Slots, first_difference, split
 
@@ -64,6 +65,8 @@ class _InSlots:
         """Of a slot, read back, flat; `_read_back` are its tensors."""
         self._read_back: list[torch.Tensor] = []
         self._read_back_as: Manifest = []
+        self._checks: dict[int, Recorded[torch.Tensor]] = {}
+        """By the id of what a slot holds."""
         self._parts: list[torch.Tensor] = []
         if lora_manager.device.type == "cpu":
             cpu_lora.install()
@@ -87,8 +90,8 @@ class _InSlots:
                 if manifest != self._read_back_as:
                     self._contents, self._read_back_as = torch.empty_like(flat), manifest
                     self._read_back = split(self._contents, manifest)
-                torch._foreach_copy_(self._read_back, held)
-                found = digest(self._contents, manifest)
+                    self._checks = {}
+                found = spelled(self._read(held), manifest)
                 different = None if found == ticket["digest"] else first_difference(manifest, self._parts, held)
             return {
                 "digest": found,
@@ -97,6 +100,13 @@ class _InSlots:
                 "load_seconds": loaded - transferred,
                 "verify_seconds": time.monotonic() - loaded,
             }
+
+    def _read(self, held: list[torch.Tensor]) -> torch.Tensor:
+        def read() -> torch.Tensor:
+            torch._foreach_copy_(self._read_back, held)
+            return checksum(self._contents)
+
+        return self._checks.setdefault(id(held), Recorded(self._contents.device))(read)
 
     def swap(self) -> str | None:
         """Give requests that hop what was loaded last; on the stream of the forward passes, of which one may still read it."""

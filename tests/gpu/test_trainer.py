@@ -118,6 +118,8 @@ def test_graphs_change_nothing(tmp_path: Path) -> None:
                 await trainer.forward_backward(name, samples, surrogate)
                 await trainer.optim_step(name, AdamConfig(lr=1e-3, eps=1e-4))
                 await trainer.logprobs(None, make_samples(1, 1, step, 20 + step))
+                if step % 10 > 7:  # from its second turn on an export replays a graph
+                    await trainer.export_adapter(name)
             last = make_samples(6, 4, 99)
             exported: Any = {name: await trainer.export_adapter(name) for name in ADAPTERS}
             found[kind] = {

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlloop.recorded import Recorded
 from rlloop.trainer import Head
 from rlloop.trainer.adapter_files import MOMENTS, VALUE_HEAD, initial_a
 from rlloop.trainer.head import token_values
@@ -77,6 +78,7 @@ class Adapter:
         """In fp32: values are sums over all of C, and what a bf16 one rounds off is as large as an advantage."""
         self._mask = self._own_entries()
         self._master = torch.nn.Parameter(torch.zeros(self._n // num_slices, device=device))
+        self._exported = Recorded[dict[str, Tensor]](device)
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._optimizer = torch.optim.AdamW([self._master], fused=True)
         shapes = dict(self._shapes())
@@ -152,7 +154,10 @@ class Adapter:
         self._refresh()
 
     def export(self) -> dict[str, Tensor]:
-        """The whole adapter on rank 0 in fp32, by PEFT's names; elsewhere {}. Every rank must call it."""
+        """The whole adapter on rank 0 in fp32, by PEFT's names; elsewhere {}. Every rank must call it. What it returns changes
+        with the next step or call."""
+        if dist.get_world_size() == 1:
+            return self._exported(lambda: self._export(self._master.detach()))
         return self._export(self._join(self._master.detach()))
 
     def export_moments(self) -> dict[str, Tensor]:
