@@ -17,6 +17,7 @@ import numpy as np
 from rlloop.config import EngineSettings
 from rlloop.engine import vllm_arguments, vllm_compat
 from rlloop.engine.flights import HOPPING, HOPPING_ID, Flight, Flights, Swap, continued, joined
+from rlloop.engine.scheduler import LOGPROBS_AT_THE_END, SCHEDULER
 from rlloop.errors import EngineError, RefitError
 from rlloop.models import weight_bytes
 from rlloop.processes import blocked_signals
@@ -89,6 +90,8 @@ class VllmEngine:
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            # What is aborted to restart is read, too.
+            extra_args=None if request.in_flight == "restart" else {LOGPROBS_AT_THE_END: True},
         )
         prompt = TokensPrompt(prompt_token_ids=list(request.tokens))
         version = request.policy_version if request.in_flight == "finish" else self._newest
@@ -263,9 +266,12 @@ def _completion(output: Any, flight: Flight, first_token_at: float) -> Completio
         version = int(versions[0])
         if version == versions[-1]:
             versions = None
+    logprobs = output.logprobs.logprobs if output.logprobs else ()
+    if len(logprobs) != len(output.token_ids):
+        raise EngineError(f"vLLM returned {len(output.token_ids)} tokens with {len(logprobs)} logprobs")
     return Completion(
         tokens=np.asarray(output.token_ids, dtype=np.int32),
-        logprobs=np.asarray(output.logprobs.logprobs if output.logprobs else (), dtype=np.float32),
+        logprobs=np.asarray(logprobs, dtype=np.float32),
         policy_version=version,
         finish_reason="stop" if output.finish_reason == "stop" else "length",
         token_versions=versions,
@@ -328,6 +334,7 @@ async def start_vllm(
                 max_num_seqs=settings.max_num_seqs,
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
                 worker_extension_cls=WORKER_EXTENSION,
+                scheduler_cls=SCHEDULER,
                 use_tqdm_on_load=False,
                 tensor_parallel_size=tensor_parallel,
                 **(vllm_arguments.slots(num_versions + serves_hops, lora_rank) if form == "adapter" else {}),

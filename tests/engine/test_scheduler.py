@@ -1,0 +1,114 @@
+"""Logprobs that are held back until a request ends, against a stand-in for vLLM's scheduler that sends each token's at once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from rlloop.engine.scheduler import LOGPROBS_AT_THE_END, HoldsLogprobs
+
+
+class FakeLists(NamedTuple):
+    """vLLM's LogprobsLists."""
+
+    logprob_token_ids: np.ndarray
+    logprobs: np.ndarray
+    sampled_token_ranks: np.ndarray
+    cu_num_generated_tokens: list[int] | None = None
+
+    def slice_request(self, index: int, number: int) -> FakeLists:
+        start = index if self.cu_num_generated_tokens is None else self.cu_num_generated_tokens[index]
+        return FakeLists(*(array[start : start + number] for array in self[:3]))
+
+
+class FakeScheduler:
+    """What vLLM's does with logprobs, in the order in which it does it: requests that end are forgotten first."""
+
+    def __init__(self, *late: str, at_once: tuple[str, ...] = ()) -> None:
+        self.requests = {
+            name: SimpleNamespace(
+                request_id=name, sampling_params=SimpleNamespace(extra_args={LOGPROBS_AT_THE_END: True})
+            )
+            for name in late
+        }
+        for name in at_once:
+            self.requests[name] = SimpleNamespace(request_id=name, sampling_params=SimpleNamespace(extra_args=None))
+
+    def update_from_output(self, ended: set[str], output: Any) -> Any:
+        outputs = []
+        for index, name in enumerate(output.req_ids):
+            if name not in self.requests:
+                continue
+            if name in ended:
+                del self.requests[name]
+            logprobs = output.logprobs.slice_request(index, output.num_kept[index]) if output.logprobs else None
+            reason = "length" if name in ended else None
+            outputs.append(SimpleNamespace(request_id=name, finish_reason=reason, new_logprobs=logprobs))
+        return {0: SimpleNamespace(outputs=outputs)}
+
+
+class Scheduler(HoldsLogprobs, FakeScheduler):
+    pass
+
+
+def step(
+    scheduler: Scheduler, sampled: dict[str, list[int]], ended: str = "", kept: int | None = None
+) -> dict[str, Any]:
+    """Token t has logprob -t and rank 2 t; -> what each request was sent."""
+    tokens = np.array([token for each in sampled.values() for token in each])
+    starts = np.cumsum([0, *map(len, sampled.values())]).tolist()
+    several = any(len(each) != 1 for each in sampled.values())
+    lists = FakeLists(tokens[:, None], -tokens[:, None].astype(np.float32), 2 * tokens, starts if several else None)
+    num_kept = [len(each) if kept is None else kept for each in sampled.values()]
+    output = SimpleNamespace(req_ids=list(sampled), logprobs=lists, num_kept=num_kept)
+    found = scheduler.update_from_output({*ended}, output)
+    return {each.request_id: each.new_logprobs for each in found[0].outputs}
+
+
+def check(lists: Any, *tokens: int) -> None:
+    assert lists.logprob_token_ids.tolist() == [[token] for token in tokens]
+    assert lists.logprobs.tolist() == [[-token] for token in tokens]
+    assert lists.sampled_token_ranks.tolist() == [2 * token for token in tokens]
+
+
+def test_they_come_at_the_end_all_at_once() -> None:
+    scheduler = Scheduler("a", "b")
+    assert step(scheduler, {"a": [3], "b": [4]}) == {"a": None, "b": None}
+    assert step(scheduler, {"b": [5], "a": [6]}) == {"a": None, "b": None}
+    found = step(scheduler, {"a": [7], "b": [8]}, ended="a")
+    assert found["b"] is None
+    check(found["a"], 3, 6, 7)
+    check(step(scheduler, {"b": [9]}, ended="b")["b"], 4, 5, 8, 9)
+
+
+def test_others_get_them_at_once() -> None:
+    scheduler = Scheduler("a", at_once=("b",))
+    found = step(scheduler, {"a": [3], "b": [4]})
+    assert found["a"] is None
+    check(found["b"], 4)
+    found = step(scheduler, {"a": [5], "b": [6]}, ended="ab")
+    check(found["a"], 3, 5)
+    check(found["b"], 6)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_only_of_the_tokens_that_are_kept(kept: int) -> None:
+    """vLLM throws tokens away that were sampled ahead."""
+    scheduler = Scheduler("a", "b")
+    step(scheduler, {"a": [3, 4], "b": [5]})
+    step(scheduler, {"a": [6, 7], "b": [8]}, kept=kept)
+    check(step(scheduler, {"a": [9], "b": [2]}, ended="a")["a"], 3, 4, *[6, 7][:kept], 9)
+
+
+def test_requests_that_are_gone_are_passed_over() -> None:
+    scheduler = Scheduler("a")
+    check(step(scheduler, {"gone": [1], "a": [3]}, ended="a")["a"], 3)
+
+
+def test_a_step_without_logprobs_is_vllms() -> None:
+    scheduler = Scheduler("a")
+    output = SimpleNamespace(req_ids=["a"], logprobs=None, num_kept=[0])
+    assert scheduler.update_from_output(set(), output)[0].outputs[0].new_logprobs is None
