@@ -28,6 +28,7 @@ from refit import make_model
 from trainer import SHAPES
 
 from rlloop.config import EngineSettings, RunSettings
+from rlloop.engine import Engine
 from rlloop.engine.vllm import VllmEngine, start_vllm
 from rlloop.placement import place, resolve_dtype
 from rlloop.processes import shared_memory_prefix
@@ -174,7 +175,7 @@ def prompts(number: int, turn: int) -> list[list[int]]:
     return [list(range(start, start + PROMPT_TOKENS)) for start in starts]
 
 
-async def decode(engine: VllmEngine, version: int, asked: Sequence[list[int]]) -> float:
+async def decode(engine: Engine, version: int, asked: Sequence[list[int]]) -> float:
     """Seconds from the first request to the last answer."""
     started = monotonic()
     async with anyio.create_task_group() as tasks:

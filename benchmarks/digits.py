@@ -1,4 +1,4 @@
-"""`arithmetic` with the reward of benchmarks/trl_baseline.py, which differs between almost any two answers."""
+"""`arithmetic` with the rewards of benchmarks/trl_baseline.py, which differ between almost any two answers."""
 
 from __future__ import annotations
 
@@ -15,3 +15,11 @@ class Digits(Arithmetic):
     def score(self, task: Any, rollout: Rollout) -> float:
         """In [0, 1]."""
         return sum(character.isdigit() for character in rollout.text) / max(len(rollout.text), 1)
+
+
+class Vowels(Arithmetic):
+    """The same for models with random weights, whose tokens are almost never digits: the fraction of vowels."""
+
+    def score(self, task: Any, rollout: Rollout) -> float:
+        """In [0, 1]."""
+        return sum(character in "aeiou" for character in rollout.text) / max(len(rollout.text), 1)

