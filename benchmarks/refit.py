@@ -5,11 +5,11 @@
 
 Of two GPUs the engine takes one and the trainer the other.
 
-For each form, adapters in slots and weights with the newest merged into them: first, on an idle engine, each transport in turn:
-seconds by stage, from the end of an optimizer step until the engine serves the new version. Then requests decode while versions
-are published through each transport: the longest time between two tokens of a request, as the engine's own clock has it, in
-windows with and without a publish. Beside adapters the requests stay on one version: how far their logprobs are from those of
-that version (scored by the trainer), and of the last one that came. Where weights are merged they hop.
+For each form - adapters in slots, weights into which the engine merges the newest, and full ones, which the trainer sends -
+first, on an idle engine, each transport: seconds by stage, from the end of an optimizer step until the engine serves the new
+version. Then requests decode while versions are published: the longest time between two tokens of a request, as the engine's own
+clock has it, in windows with and without a publish. Beside adapters the requests stay on one version: how far their logprobs are
+from those of that version (scored by the trainer), and of the last one that came. With other forms they hop.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from time import monotonic
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import anyio
 import numpy as np
@@ -39,6 +39,7 @@ from rlloop.losses import policy_loss
 from rlloop.models import resolve_model
 from rlloop.placement import place, resolve_dtype, visible_gpus
 from rlloop.processes import shared_memory_prefix
+from rlloop.refit.stream import WeightsSender
 from rlloop.refit.transports import Writer, make_writer
 from rlloop.run import run
 from rlloop.trainer import Trainer
@@ -49,6 +50,7 @@ from rlloop.types import (
     Completion,
     GenerationRequest,
     LoraConfig,
+    RefitForm,
     RefitReport,
     Sample,
     Transport,
@@ -83,8 +85,14 @@ class Publisher:
 
     engine: VllmEngine
     trainer: Trainer
+    form: RefitForm
     choice: Path
     version: int = 0
+
+    @property
+    def transports(self) -> tuple[Transport, ...]:
+        """Of full weights the first alone."""
+        return TRANSPORTS[:1] if self.form == "full" else TRANSPORTS
 
     async def warm_up(self, transport: Transport) -> None:
         """In the first publishes slots are arranged, and graphs recorded."""
@@ -95,8 +103,11 @@ class Publisher:
         """As `rlloop.refit.publisher` does, and retire the version before."""
         self.choice.write_text(transport)
         started = monotonic()
-        ticket = await self.trainer.export_adapter("new")
-        report = await self.engine.publish(self.version + 1, ticket)
+        if self.form == "full":
+            async with self.trainer.sending_weights("new") as weights:
+                report = await self.engine.publish(self.version + 1, weights)
+        else:
+            report = await self.engine.publish(self.version + 1, await self.trainer.export_adapter("new"))
         report = replace(report, publish_seconds=monotonic() - started)
         if self.version:
             await self.engine.retire(self.version)
@@ -111,7 +122,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--model", default="SmolLM2-135M-Instruct")
     parser.add_argument("--shapes", nargs="*", default=[], choices=list(SHAPES), help="instead of --model")
-    parser.add_argument("--forms", nargs="+", default=["adapter", "merged"], choices=["adapter", "merged"])
+    parser.add_argument("--forms", nargs="+", default=list(get_args(RefitForm)), choices=get_args(RefitForm))
     parser.add_argument("--ranks", type=int, nargs="+", default=[32] if CUDA else [8, 32])
     parser.add_argument(
         "--kv_cache_gib", type=int, default=20 if CUDA else 1, help="256 requests of the 8B shape need 18"
@@ -167,6 +178,7 @@ async def measure_case(
                 writer=ChosenWriter(
                     {each: make_writer(each, dtype, segment, settings.run_dir) for each in TRANSPORTS}, choice
                 ),
+                sender=WeightsSender(TRANSPORTS[0], dtype, f"{segment}-full", 1),
                 cores=placement.trainer_cores,
                 visible_gpus=",".join(visible_gpus()[gpu] for gpu in placement.trainer_gpus) or None,
                 log_path=settings.run_dir / "trainer.log",
@@ -187,15 +199,18 @@ async def measure_case(
         )
         for form in options.forms:
             async with start(form=form) as engine:
-                await engine.publish(0, await trainer.export_adapter("old"))
-                publisher = Publisher(engine, trainer, choice)
+                publisher = Publisher(engine, trainer, form, choice)
+                if form == "adapter":
+                    await engine.publish(0, await trainer.export_adapter("old"))
+                else:
+                    await publisher.publish(TRANSPORTS[0])
                 title = f"{name}, rank {rank}, {form}" + (", each on its own GPU" if has_own_gpus else "")
                 stages = await measure_stages(publisher, options.repeats)
                 report.table(f"{title}: publish on an idle engine, medians of {options.repeats}, ms", stages)
                 in_flight = [
                     row
                     for num_streams in STREAMS
-                    for row in await measure_in_flight(publisher, num_streams, hop=form == "merged")
+                    for row in await measure_in_flight(publisher, num_streams, hop=form != "adapter")
                 ]
                 report.table(f"{title}: requests of {NUM_TOKENS} tokens in flight across publishes", in_flight)
                 report.write()
@@ -226,21 +241,21 @@ def sample(tokens: Any, logprobs: Any, advantage: float, prompt: int = 16) -> Sa
 async def measure_stages(publisher: Publisher, repeats: int) -> list[dict[str, Cell]]:
     """One transport after the other, as no run changes it."""
     reports: dict[Transport, list[RefitReport]] = {}
-    for transport in TRANSPORTS:
+    for transport in publisher.transports:
         await publisher.warm_up(transport)
         reports[transport] = [await publisher.publish(transport) for _ in range(repeats)]
     times = {
         transport: {stage: [getattr(each, stage) for each in found] for stage in STAGES}
         for transport, found in reports.items()
     }
-    slowest = median(times["disk"]["publish_seconds"])
+    slowest = max(median(seconds["publish_seconds"]) for seconds in times.values())
     return [
         {
             "MB": reports[transport][0].num_bytes / 1e6,
             "transport": transport,
             **{stage.removesuffix("_seconds"): median(values) * 1e3 for stage, values in seconds.items()},
             "slowest": max(seconds["publish_seconds"]) * 1e3,
-            "disk / this": f"{slowest / median(seconds['publish_seconds']):.2f}x",
+            "slowest / this": f"{slowest / median(seconds['publish_seconds']):.2f}x",
         }
         for transport, seconds in times.items()
     ]
@@ -256,8 +271,8 @@ async def measure_in_flight(publisher: Publisher, num_streams: int, *, hop: bool
     seconds = monotonic() - started
     step = seconds / NUM_TOKENS
     window = max(8 * step, 0.1)
-    gaps: dict[str, list[float]] = {kind: [] for kind in ("none", *TRANSPORTS)}
-    reports: dict[Transport, list[RefitReport]] = {kind: [] for kind in TRANSPORTS}
+    gaps: dict[str, list[float]] = {kind: [] for kind in ("none", *publisher.transports)}
+    reports: dict[Transport, list[RefitReport]] = {kind: [] for kind in publisher.transports}
     completions: list[Completion] = []
 
     async def publish_now_and_then(transport: Transport) -> None:
@@ -272,7 +287,7 @@ async def measure_in_flight(publisher: Publisher, num_streams: int, *, hop: bool
                 await anyio.sleep(window)
                 gaps[kind].append(engine.statistics().longest_gap_seconds)
 
-    for transport in TRANSPORTS:
+    for transport in publisher.transports:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(publish_now_and_then, transport)
             completions += await decode(engine, prompts, hop)

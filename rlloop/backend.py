@@ -69,23 +69,29 @@ async def open_trainer(
     *,
     temperature: float = 1.0,
     transport: Literal["auto", "cuda_ipc", "memory", "disk"] = "auto",
+    num_readers: int = 0,
 ) -> AsyncIterator[Trainer]:
     """Start the trainer alone; `model` is a folder. See `open_backend`.
 
-    `temperature` is that of the distributions whose logprobs it computes; `transport` takes the adapters that it exports.
+    `temperature` is that of the distributions whose logprobs it computes; `transport` takes the adapters that it exports, or
+    the weights that it sends to `num_readers` ranks of engines.
     """
+    from rlloop.refit.stream import WeightsSender
     from rlloop.refit.transports import make_writer
     from rlloop.trainer.kinds import trainer_class
 
     if transport == "auto":
         transport = "memory" if placement.trainer_cores else "cuda_ipc"
-    writer = make_writer(transport, placement.dtype, f"{shared_memory_prefix(marker)}refit", folder / "refit")
+    segment = f"{shared_memory_prefix(marker)}refit"
+    writer = make_writer(transport, placement.dtype, segment, folder / "refit")
+    sender = WeightsSender(transport, placement.dtype, segment, num_readers) if num_readers else None
     trainer = trainer_class(settings.trainer.kind)(
         model,
         dtype=placement.dtype,
         settings=settings.trainer,
         temperature=temperature,
         writer=writer,
+        sender=sender,
         cores=placement.trainer_cores,
         visible_gpus=",".join(visible_gpus()[gpu] for gpu in placement.trainer_gpus) or None,
         log_path=folder / "logs" / "trainer.log",
@@ -137,6 +143,7 @@ async def open_backend(
                 events,
                 temperature=settings.sampling.temperature,
                 transport=settings.refit.transport,
+                num_readers=placement.replicas * placement.tensor_parallel if settings.refit.form == "full" else 0,
             )
         )
         async with create_task_group() as tasks:

@@ -167,12 +167,19 @@ class RefitSettings(Settings):
     """The trainer's GPU memory, mapped by the engine (`auto` on GPUs); shared memory (`auto` on CPUs); or a file (fallback)."""
     form: RefitForm = "adapter"
     """What the engine holds: adapters, several versions at once; or weights with the newest merged into them, which decode faster
-    and where rollouts that finish on their own make a new version wait for them."""
+    and where rollouts that finish on their own make a new version wait for them. `merged`: the engine merges, and keeps a copy of
+    the base beside; `full`: the trainer does, and sends all weights, which takes longer."""
     in_flight: InFlight = "finish"
     """What a new version does to rollouts in flight: they finish on their own; restart, so that the new one prefills what they
     have and goes on; or hop, so that it goes on at once over the old one's keys and values."""
     canary_every: int = Field(20, ge=0)
     """Steps between canaries: tokens sampled with a new version, whose logprobs engine and trainer must agree on; 0: none."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RefitSettings:
+        if self.form == "full" and self.transport == "disk":
+            raise ValueError("--refit.form full goes through memory: set --refit.transport to auto, cuda_ipc or memory")
+        return self
 
 
 class CheckpointSettings(Settings):
@@ -362,7 +369,7 @@ class RunSettings(TrainingSettings):
     def num_versions(self) -> int:
         """Policy versions that the engine must hold at once: all that a group may still use, the one that is evaluated, and the
         one that comes."""
-        if self.refit.form == "merged":
+        if self.refit.form != "adapter":
             return 1
         in_use = self.staleness_limit + 1 if self.refit.in_flight == "finish" else 1
         return in_use + 1 + bool(self.evaluation.every)

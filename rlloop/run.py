@@ -258,8 +258,8 @@ async def open_run(
             backend = await stack.enter_async_context(
                 open_backend(settings, marker, directory.path, placement=placement, events=events, prepare=prepare)
             )
-        in_flight = settings.refit.in_flight
-        refit = Refit(backend.trainer, backend.engine, POLICY, settings.num_versions, events, in_flight)
+        how = settings.refit
+        refit = Refit(backend.trainer, backend.engine, POLICY, settings.num_versions, events, how.in_flight, how.form)
         if is_shared:
             stack.push_async_callback(_leave, backend.trainer, refit, created)
             await prepare(backend.trainer)

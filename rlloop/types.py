@@ -42,8 +42,9 @@ InFlight: TypeAlias = Literal["finish", "restart", "hop"]
 `finish`: nothing. `restart`: it ends; prompt and what it has sampled so far are prefilled by the new version, which goes on.
 `hop`: the new version goes on at once, over the keys and values that the old one left."""
 
-RefitForm: TypeAlias = Literal["adapter", "merged"]
-"""What an engine holds: adapters, of which it serves several versions at once; or weights with the newest merged into them."""
+RefitForm: TypeAlias = Literal["adapter", "merged", "full"]
+"""What an engine holds: adapters, of which it serves several versions at once; or weights with the newest merged into them, by
+the engine's workers or by the trainer, which then sends all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +195,20 @@ class AdapterTicket:
     location: str
     num_bytes: int
     export_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsTicket:
+    """Where the trainer hands out whole weights. Each bucket of them comes with a digest of its own."""
+
+    location: str
+    """See `rlloop.refit.stream`."""
+    digest: str = ""
+    num_bytes: int = 0
+    export_seconds: float = 0.0
+
+
+Ticket: TypeAlias = AdapterTicket | WeightsTicket
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ BAD_FLAGS = {
     "floor above the group": ("--environment.min-group-size 9", "--environment.min-group-size (9)", "--group-size (8)"),
     "cap below the bound": ("--staleness-cap 1", "--staleness-cap (1)", "at least --max-staleness (2)"),
     "no engine": ("--placement.replicas 0", "--placement.replicas", "greater than or equal to 1", "got '0'"),
+    "weights through a file": ("--refit.form full --refit.transport disk", "goes through memory", "--refit.transport"),
     "both at once": ("--resume --overwrite", "--resume and --overwrite exclude each other"),
     "no config": ("--config", "--config: expected a TOML, YAML or JSON file, got nothing"),
     "no such config": ("--config nope.toml", "Config file not found: nope.toml"),

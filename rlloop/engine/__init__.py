@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from rlloop.types import AdapterTicket, Completion, EngineStatistics, GenerationRequest, RefitReport
+from rlloop.types import Completion, EngineStatistics, GenerationRequest, RefitReport, Ticket
 
 
 class Engine(Protocol):
@@ -18,7 +18,7 @@ class Engine(Protocol):
         """
         ...
 
-    async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
+    async def publish(self, version: int, ticket: Ticket) -> RefitReport:
         """Serve a new version beside the others; requests in flight go on as their `in_flight` says, `finish` undisturbed.
 
         Raises RefitError unless every rank holds exactly what the ticket says.

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 
 from rlloop.errors import EngineError
-from rlloop.types import AdapterTicket, Completion, EngineStatistics, GenerationRequest, RefitReport
+from rlloop.types import Completion, EngineStatistics, GenerationRequest, RefitReport, Ticket
 
 
 class FakeEngine:
@@ -55,7 +55,7 @@ class FakeEngine:
         half = np.arange(self._num_tokens) < self._num_tokens // 2
         return Completion(tokens, self._logprobs, oldest, "length", np.where(half, oldest, newest).astype(np.int32))
 
-    async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
+    async def publish(self, version: int, ticket: Ticket) -> RefitReport:
         """See `Engine.publish`."""
         if version in self.versions:
             raise ValueError(f"policy version {version} is loaded already")

@@ -10,7 +10,7 @@ from anyio import CancelScope, create_task_group
 
 from rlloop.engine import Engine
 from rlloop.errors import EngineError
-from rlloop.types import AdapterTicket, Completion, EngineStatistics, GenerationRequest, RefitReport
+from rlloop.types import Completion, EngineStatistics, GenerationRequest, RefitReport, Ticket
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class Replicas:
         finally:
             replica.num_in_flight -= request.n
 
-    async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
+    async def publish(self, version: int, ticket: Ticket) -> RefitReport:
         """See `Engine.publish`; the report is that of the slowest replica.
 
         Where one refuses the version, the others give it back: either all hold it or none. Cancelling waits for that.

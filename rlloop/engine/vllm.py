@@ -21,7 +21,7 @@ from rlloop.engine.scheduler import LOGPROBS_AT_THE_END, SCHEDULER
 from rlloop.errors import EngineError, RefitError
 from rlloop.models import weight_bytes
 from rlloop.processes import blocked_signals
-from rlloop.types import AdapterTicket, Completion, EngineStatistics, GenerationRequest, RefitForm, RefitReport
+from rlloop.types import Completion, EngineStatistics, GenerationRequest, RefitForm, RefitReport, Ticket
 
 WORKER_EXTENSION = "rlloop.refit.worker.LoraRefit"
 
@@ -53,8 +53,10 @@ class VllmEngine:
         self._load = load
         self._max_model_len = max_model_len
         self._last_words = f"the vLLM engine process died; its last words are in {log_path}"
-        self._is_merged = form == "merged"
-        self._serves_hops = serves_hops or self._is_merged
+        self._form = form
+        self._is_in_weights = form != "adapter"
+        """The version, and not in an adapter beside them."""
+        self._serves_hops = serves_hops or self._is_in_weights
         self._flights = Flights()
         self._versions: dict[int, _Version] = {}
         self._num_published = 0
@@ -96,11 +98,11 @@ class VllmEngine:
         prompt = TokensPrompt(prompt_token_ids=list(request.tokens))
         version = request.policy_version if request.in_flight == "finish" else self._newest
         name, hops = self._versions[version].name, request.in_flight == "hop"
-        if hops or self._is_merged:
+        if hops or self._is_in_weights:
             # No adapter's name goes with the version: this keeps the prefix cache apart.
             prompt["cache_salt"] = name
         adapter = None
-        if not self._is_merged:
+        if not self._is_in_weights:
             adapter = _lora_request(HOPPING, HOPPING_ID) if hops else _lora_request(name, version + 1)
         final = None
         with (
@@ -119,31 +121,31 @@ class VllmEngine:
         first_token_at = final.metrics.first_token_ts
         return [_completion(output, flight, first_token_at) for output in final.outputs], cut_off
 
-    async def publish(self, version: int, ticket: AdapterTicket) -> RefitReport:
+    async def publish(self, version: int, ticket: Ticket) -> RefitReport:
         """See `Engine.publish`."""
         started = time.monotonic()
-        if self._is_merged and version in self._versions:
+        if self._is_in_weights and version in self._versions:
             raise RefitError(f"policy version {version} is loaded already; a version is immutable")
         # Not by asdict, which would copy the names and shapes one by one.
         sent = {field.name: getattr(ticket, field.name) for field in fields(ticket)}
-        ranks = await self._call_workers("refit_load", version, sent, self._serves_hops)
+        ranks = await self._call_workers("refit_load", version, sent, self._form, self._serves_hops)
         if problem := _first_problem(ranks, ticket):
-            if self._is_merged and any("swapped_at" in rank for rank in ranks):
+            if self._is_in_weights and any("swapped_at" in rank for rank in ranks):
                 self._versions.clear()  # the weights may be a mixture
             if version not in self._versions:  # some ranks may hold it
                 await self._call_workers("refit_drop", version)
             raise RefitError(f"the engine refused policy version {version}: {problem}")
         self._num_published += 1
-        if self._is_merged:
+        if self._is_in_weights:
             self._versions.clear()
         self._versions[version] = _Version(f"policy-v{version}-{self._num_published}", time.monotonic())
         if self._serves_hops:
             swap = Swap(version, ranks[0]["swapped_at"], ranks[0]["num_sampled"])
-            self._flights.swap(swap, moves_all=self._is_merged)
+            self._flights.swap(swap, moves_all=self._is_in_weights)
         await self._restart_stale()
         return RefitReport(
             policy_version=version,
-            num_bytes=ticket.num_bytes,
+            num_bytes=ranks[0].get("num_bytes", ticket.num_bytes),
             export_seconds=ticket.export_seconds,
             transfer_seconds=max(rank["transfer_seconds"] for rank in ranks),
             load_seconds=max(rank["load_seconds"] for rank in ranks),
@@ -278,7 +280,7 @@ def _completion(output: Any, flight: Flight, first_token_at: float) -> Completio
     )
 
 
-def _first_problem(ranks: Sequence[dict[str, Any]], ticket: AdapterTicket) -> str | None:
+def _first_problem(ranks: Sequence[dict[str, Any]], ticket: Ticket) -> str | None:
     for rank, held in enumerate(ranks):
         if "error" in held:
             return f"{held['error']} (rank {rank})"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import replace
 from time import monotonic
 
@@ -13,7 +13,7 @@ from anyio import CancelScope, Event
 from rlloop.engine import Engine
 from rlloop.events import Events
 from rlloop.trainer import Trainer
-from rlloop.types import InFlight, RefitReport
+from rlloop.types import InFlight, RefitForm, RefitReport, Ticket
 
 
 class Refit:
@@ -28,12 +28,14 @@ class Refit:
         num_versions: int,
         events: Events,
         in_flight: InFlight = "finish",
+        form: RefitForm = "adapter",
     ) -> None:
         self._trainer = trainer
         self._engine = engine
         self._adapter = adapter
         self._num_versions = num_versions
         self._events = events
+        self._form = form
         self.in_flight: InFlight = in_flight
         """Of those who take a `lease`."""
         self._leases: Counter[int] = Counter()
@@ -66,11 +68,11 @@ class Refit:
         """
         started = monotonic()
         with self._events.span("refit", "refit", policy_version=version):
-            ticket = await self._trainer.export_adapter(self._adapter)
-            await self._make_room()  # last, for nothing may lease a version that is overwritten
-            with CancelScope(shield=True):  # a version that is loaded is known, and so retired
-                report = await self._engine.publish(version, ticket)
-                self._served.add(version)
+            async with self._exported() as ticket:
+                await self._make_room()  # last, for nothing may lease a version that is overwritten
+                with CancelScope(shield=True):  # a version that is loaded is known, and so retired
+                    report = await self._engine.publish(version, ticket)
+                    self._served.add(version)
         self.latest = version
         return replace(report, publish_seconds=monotonic() - started)
 
@@ -79,6 +81,14 @@ class Refit:
         for version in sorted(self._served):
             await self._engine.retire(version)
         self._served.clear()
+
+    @asynccontextmanager
+    async def _exported(self) -> AsyncIterator[Ticket]:
+        if self._form == "full":
+            async with self._trainer.sending_weights(self._adapter) as weights:
+                yield weights
+        else:
+            yield await self._trainer.export_adapter(self._adapter)
 
     async def _make_room(self) -> None:
         """Retire versions that nobody uses; if all are in use, wait until one is not."""

@@ -81,75 +81,127 @@ class _Packer:
 
 
 @dataclass
-class CudaIpcWriter:
-    """Writes into memory of the trainer's GPU that the engine's process maps, too: nothing passes through the host."""
+class GpuMemory:
+    """Of the trainer's GPU, which the engine's process maps, too: nothing passes through the host."""
 
     dtype: str
-    _flat: torch.Tensor | None = field(default=None, init=False, repr=False)
-    _handle: str = field(default="", init=False, repr=False)
-    _packer: _Packer = field(default_factory=_Packer, init=False, repr=False)
+    location: str = field(default="", init=False, repr=False)
+    """How to map it."""
+    _whole: torch.Tensor | None = field(default=None, init=False, repr=False)
 
-    def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
-        """Flatten, scale B, cast, digest. Raises RefitError unless the tensors are on a GPU."""
-        started = time.monotonic()
-        num_elements, device = _count(tensors), _device(tensors)
+    def flat(self, num_elements: int, device: torch.device) -> torch.Tensor:
+        """The first so many. Raises RefitError unless the device is a GPU."""
         if device.type != "cuda":
-            raise RefitError(f"--refit.transport cuda_ipc: expected an adapter on a GPU, got one on {device}")
-        if self._flat is None or self._flat.numel() < num_elements:
-            self._flat = torch.empty(num_elements, dtype=getattr(torch, self.dtype), device=device)
-            shared = (_gpu_id(device.index), reduce_tensor(self._flat))
-            self._handle = base64.b64encode(pickle.dumps(shared)).decode()
-        flat = self._flat[:num_elements]
-        manifest, found = self._packer.pack(tensors, scale, flat)
-        return _ticket("cuda_ipc", self._handle, flat, manifest, found, started)
+            raise RefitError(f"--refit.transport cuda_ipc: expected weights on a GPU, got some on {device}")
+        if self._whole is None or self._whole.numel() < num_elements:
+            self._whole = torch.empty(num_elements, dtype=getattr(torch, self.dtype), device=device)
+            shared = (_gpu_id(device.index), reduce_tensor(self._whole))
+            self.location = base64.b64encode(pickle.dumps(shared)).decode()
+        return self._whole[:num_elements]
 
     def close(self) -> None:
-        """Give the memory back."""
-        self._flat = None
-        self._packer = _Packer()
+        """Give it back."""
+        self._whole = None
 
 
 @dataclass
-class MemoryWriter:
-    """Writes into one shared-memory segment that lives as long as the run: fresh pages would cost more than the copy.
+class HostMemory:
+    """One shared-memory segment that lives as long as the run: fresh pages would cost more than the copy.
 
     A plain file of /dev/shm, and not multiprocessing's SharedMemory, whose tracker removes segments that others still use.
     """
 
     dtype: str
-    segment_name: str
+    name: str
     _segment: _Segment | None = field(default=None, init=False, repr=False)
-    _staged: torch.Tensor | None = field(default=None, init=False, repr=False)
-    _packer: _Packer = field(default_factory=_Packer, init=False, repr=False)
 
-    def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
-        """Flatten, scale B, cast, digest."""
-        started = time.monotonic()
+    @property
+    def location(self) -> str:
+        """The segment's path."""
+        return str(SHARED_MEMORY / self.name)
+
+    def flat(self, num_elements: int, device: torch.device) -> torch.Tensor:
+        """The first so many, on the host; page-locked for copies from a GPU."""
         dtype: torch.dtype = getattr(torch, self.dtype)
-        num_elements, device = _count(tensors), _device(tensors)
-        path = SHARED_MEMORY / self.segment_name
-        if self._segment is None or self._segment.num_bytes < num_elements * dtype.itemsize:
+        num_bytes = num_elements * dtype.itemsize
+        if self._segment is None or self._segment.num_bytes < num_bytes:
             self.close()
-            num_bytes = num_elements * dtype.itemsize
-            self._segment = _Segment(path, os.O_CREAT | os.O_RDWR, num_bytes, page_lock=device.type == "cuda")
-        flat = self._segment.tensor(dtype, num_elements)
-        if device.type == "cpu":
-            manifest, found = self._packer.pack(tensors, scale, flat)
-        else:  # in one copy from the device, not in one for each tensor
-            if self._staged is None or self._staged.numel() != num_elements:
-                self._staged = torch.empty_like(flat, device=device)
-            manifest, found = self._packer.pack(tensors, scale, self._staged)
-            flat.copy_(self._staged)
-        return _ticket("memory", str(path), flat, manifest, found, started)
+            flags = os.O_CREAT | os.O_RDWR
+            self._segment = _Segment(Path(self.location), flags, num_bytes, page_lock=device.type == "cuda")
+        return self._segment.tensor(dtype, num_elements)
 
     def close(self) -> None:
         """Remove the segment."""
         if self._segment is not None:
-            (SHARED_MEMORY / self.segment_name).unlink(missing_ok=True)
+            Path(self.location).unlink(missing_ok=True)
             self._segment.release()
             self._segment = None
-            self._staged = None
-            self._packer = _Packer()
+
+
+Shared = GpuMemory | HostMemory
+
+
+def make_shared(transport: Transport, dtype: str, name: str) -> Shared:
+    """Memory that another process can read; `name` is that of a segment. A transport that has none gets one, too."""
+    return GpuMemory(dtype) if transport == "cuda_ipc" else HostMemory(dtype, name)
+
+
+@dataclass
+class CudaIpcWriter:
+    """Writes into GPU memory."""
+
+    dtype: str
+    _memory: GpuMemory = field(init=False, repr=False)
+    _packer: _Packer = field(default_factory=_Packer, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._memory = GpuMemory(self.dtype)
+
+    def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
+        """Flatten, scale B, cast, digest. Raises RefitError unless the tensors are on a GPU."""
+        started = time.monotonic()
+        flat = self._memory.flat(_count(tensors), _device(tensors))
+        manifest, found = self._packer.pack(tensors, scale, flat)
+        return _ticket("cuda_ipc", self._memory.location, flat, manifest, found, started)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._memory.close()
+        self._packer = _Packer()
+
+
+@dataclass
+class MemoryWriter:
+    """Writes into shared memory."""
+
+    dtype: str
+    segment_name: str
+    _memory: HostMemory = field(init=False, repr=False)
+    _staged: torch.Tensor | None = field(default=None, init=False, repr=False)
+    _packer: _Packer = field(default_factory=_Packer, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._memory = HostMemory(self.dtype, self.segment_name)
+
+    def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
+        """Flatten, scale B, cast, digest."""
+        started = time.monotonic()
+        device = _device(tensors)
+        flat = self._memory.flat(_count(tensors), device)
+        if device.type == "cpu":
+            manifest, found = self._packer.pack(tensors, scale, flat)
+        else:  # in one copy from the device, not in one for each tensor
+            if self._staged is None or self._staged.numel() != flat.numel():
+                self._staged = torch.empty_like(flat, device=device)
+            manifest, found = self._packer.pack(tensors, scale, self._staged)
+            flat.copy_(self._staged)
+        return _ticket("memory", self._memory.location, flat, manifest, found, started)
+
+    def close(self) -> None:
+        """Remove the segment."""
+        self._memory.close()
+        self._staged = None
+        self._packer = _Packer()
 
 
 @dataclass
@@ -190,7 +242,7 @@ class Reader:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._segments: dict[str, _Segment] = {}
-        self._mapped: tuple[str, torch.Tensor] | None = None
+        self._mapped: dict[str, torch.Tensor] = {}
 
     def read(self, ticket: Mapping[str, Any]) -> torch.Tensor:
         """The flat tensor, where the transport has it: valid until the writer writes again."""
@@ -205,10 +257,10 @@ class Reader:
         return self._attach(ticket["location"], ticket["num_bytes"]).tensor(dtype, num_elements)
 
     def _map(self, handle: str) -> torch.Tensor:
-        if self._mapped is None or self._mapped[0] != handle:
+        if handle not in self._mapped:
             gpu, (rebuild, arguments) = pickle.loads(base64.b64decode(handle))
-            self._mapped = (handle, rebuild(*arguments[:6], _gpu_index(gpu), *arguments[7:]))
-        return self._mapped[1]
+            self._mapped[handle] = rebuild(*arguments[:6], _gpu_index(gpu), *arguments[7:])
+        return self._mapped[handle]
 
     def _attach(self, location: str, num_bytes: int) -> _Segment:
         segment = self._segments.get(location)

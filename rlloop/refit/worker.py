@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from rlloop.refit.arrivals import Arrivals
 from rlloop.refit.digest import checksum, digest, spelled
 from rlloop.refit.merged import Merged
 from rlloop.refit.slots import Manifest, Slots, first_difference, split
+from rlloop.refit.whole import Whole
+from rlloop.types import RefitForm
 
 
 class LoraRefit:
@@ -27,7 +30,7 @@ class LoraRefit:
 
     model_runner: Any
 
-    def refit_load(self, version: int, ticket: dict[str, Any], swaps: bool) -> dict[str, Any]:
+    def refit_load(self, version: int, ticket: dict[str, Any], form: RefitForm, swaps: bool) -> dict[str, Any]:
         """Load a version beside the others, and if it `swaps`, under the requests that go on with the newest.
 
         -> `error` on anything vLLM would ignore, with what is served as it was, unless there is `swapped_at`. Not raised: vLLM
@@ -36,14 +39,17 @@ class LoraRefit:
         report: dict[str, Any] = {}
         try:
             if "_refit" not in self.__dict__:
-                manager = getattr(self.model_runner, "lora_manager", None)
-                self._refit = Merged(self) if manager is None else _InSlots(manager)
+                handlers: dict[RefitForm, Callable[[Any], _InSlots | Merged | Whole]]
+                handlers = {"adapter": _InSlots, "merged": Merged, "full": Whole}
+                self._refit = handlers[form](self)
             report = self._refit.load(version, ticket)
             if swaps and not report["different"] and report["digest"] == ticket["digest"]:
                 report["swapped_at"] = time.monotonic()
                 report["different"] = self._refit.swap()
                 report["num_sampled"] = vllm_compat.num_sampled_tokens(self.model_runner)
                 report["load_seconds"] += time.monotonic() - report["swapped_at"]
+                if isinstance(self._refit, Whole):
+                    report["num_bytes"] = self._refit.num_bytes
             return report
         except Exception as error:
             logging.getLogger("vllm.rlloop").exception("policy version %d", version)
@@ -58,7 +64,8 @@ class LoraRefit:
 class _InSlots:
     """Versions side by side, each in a slot of vLLM's LoRA layers."""
 
-    def __init__(self, lora_manager: Any) -> None:
+    def __init__(self, worker: Any) -> None:
+        lora_manager = worker.model_runner.lora_manager
         self._arrivals = Arrivals(lora_manager.device, lora_manager.lora_config.lora_dtype)
         self._slots = Slots(lora_manager._adapter_manager)
         self._contents = torch.empty(0)

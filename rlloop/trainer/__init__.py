@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
-from rlloop.types import AdamConfig, AdapterTicket, FloatArray, LoraConfig, Metrics, OptimResult, Sample
+from rlloop.types import (
+    AdamConfig,
+    AdapterTicket,
+    FloatArray,
+    LoraConfig,
+    Metrics,
+    OptimResult,
+    Sample,
+    WeightsTicket,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +70,22 @@ class AdapterWriter(Protocol):
         ...
 
 
+class WeightsWriter(Protocol):
+    """How whole weights leave the trainer's process. Lives in the rank; made by the caller, pickled to it."""
+
+    def listen(self) -> str:
+        """-> the address at which engines can ask for them."""
+        ...
+
+    def send(self, weights: Iterator[tuple[str, torch.Tensor]], check_interrupt: Callable[[], None]) -> None:
+        """Hand all of them, by Hugging Face's names, to those who ask. Exhausts them whatever happens."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+        ...
+
+
 class Trainer(Protocol):
     """Asynchronous; runs in rank processes of its own. A rank that dies or raises makes the call raise TrainerError."""
 
@@ -96,6 +122,10 @@ class Trainer(Protocol):
 
     async def export_adapter(self, name: str) -> AdapterTicket:
         """Hand the adapter's present weights to the transport."""
+        ...
+
+    def sending_weights(self, name: str) -> AbstractAsyncContextManager[WeightsTicket]:
+        """While the block runs, the weights with the adapter merged into them are handed to engines; at its end all have them."""
         ...
 
     async def save(self, name: str, folder: Path) -> None:

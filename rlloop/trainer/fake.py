@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 
 from rlloop.trainer import Head, Loss
-from rlloop.types import AdamConfig, AdapterTicket, FloatArray, LoraConfig, Metrics, OptimResult, Sample
+from rlloop.types import (
+    AdamConfig,
+    AdapterTicket,
+    FloatArray,
+    LoraConfig,
+    Metrics,
+    OptimResult,
+    Sample,
+    WeightsTicket,
+)
 
 
 class FakeTrainer:
@@ -53,6 +63,11 @@ class FakeTrainer:
     async def export_adapter(self, name: str) -> AdapterTicket:
         """See `Trainer.export_adapter`; a ticket for no bytes."""
         return AdapterTicket((), 1, "float32", f"fake-{self.steps[name]}", "memory", "", 0, 0.0)
+
+    @asynccontextmanager
+    async def sending_weights(self, name: str) -> AsyncIterator[WeightsTicket]:
+        """See `Trainer.sending_weights`; nobody gets any."""
+        yield WeightsTicket(f"fake-{self.steps[name]}")
 
     async def save(self, name: str, folder: Path) -> None:
         """See `Trainer.save`."""

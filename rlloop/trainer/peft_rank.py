@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,7 @@ class PeftRank:
         self._settings = settings = arguments.settings
         self._temperature = arguments.temperature
         self._writer = arguments.writer
+        self._sender = arguments.sender
         self._folder = arguments.model
         self._skipped = SkippedSteps(settings.max_nonfinite_steps)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,6 +98,8 @@ class PeftRank:
     def close(self) -> None:
         """Free what the transport holds."""
         self._writer.close()
+        if self._sender is not None:
+            self._sender.close()
 
     def create_adapter(self, name: str, lora: LoraConfig, head: Head = "policy") -> None:
         """A is drawn by parameter name, so it depends on neither layout nor other adapters."""
@@ -196,6 +199,33 @@ class PeftRank:
         adapter = self._get(name, "policy")
         tensors = {key: parameter.detach() for key, parameter in adapter.parameters.items()}
         return self._writer.write(tensors, adapter.lora.alpha / adapter.lora.rank)
+
+    def listen(self) -> str:
+        """For engines that ask for weights."""
+        assert self._sender is not None
+        return self._sender.listen()
+
+    def send_weights(self, name: str) -> None:
+        """To all who ask."""
+        assert self._sender is not None
+        self._sender.send(self._weights(name), self._context.check_interrupt)
+
+    @torch.no_grad()
+    def _weights(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The model's, the adapter merged into them, W + s B A, by Hugging Face names."""
+        adapter = self._get(name, "policy")
+        scale = adapter.lora.alpha / adapter.lora.rank
+        for key, weight in self._base.named_parameters():
+            if ".lora_" in key:
+                continue
+            hf_name = key.replace(".base_layer.", ".")
+            module = f"base_model.model.{hf_name.removesuffix('.weight')}"
+            if (a := adapter.parameters.get(f"{module}.lora_A.weight")) is not None:
+                merged = torch.addmm(weight.float(), adapter.parameters[f"{module}.lora_B.weight"], a, alpha=scale)
+                if (magnitude := adapter.parameters.get(f"{module}.lora_magnitude_vector")) is not None:
+                    merged *= (magnitude / merged.norm(dim=1))[:, None]
+                weight = merged
+            yield hf_name, weight
 
     def save(self, name: str, folder: Path) -> None:
         """What `peft.PeftModel.from_pretrained` reads, and the optimizer's and torch's state, as safetensors."""

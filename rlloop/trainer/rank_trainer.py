@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, TypeVar
 
+from anyio import create_task_group
+
 from rlloop.config import TrainerSettings
 from rlloop.events import Events
-from rlloop.trainer import AdapterWriter, Head, Loss
+from rlloop.trainer import AdapterWriter, Head, Loss, WeightsWriter
 from rlloop.trainer.flat import Flat
 from rlloop.trainer.ranks import Ranks, RankSpec
-from rlloop.types import AdamConfig, AdapterTicket, FloatArray, LoraConfig, Metrics, OptimResult, Sample
+from rlloop.types import (
+    AdamConfig,
+    AdapterTicket,
+    FloatArray,
+    LoraConfig,
+    Metrics,
+    OptimResult,
+    Sample,
+    WeightsTicket,
+)
 
 SelfT = TypeVar("SelfT", bound="RankTrainer")
 
@@ -28,6 +40,7 @@ class RankArguments:
     settings: TrainerSettings
     temperature: float
     writer: AdapterWriter
+    sender: WeightsWriter | None
     seed: int
 
 
@@ -51,13 +64,14 @@ class RankTrainer(ABC):
         settings: TrainerSettings,
         temperature: float,
         writer: AdapterWriter,
+        sender: WeightsWriter | None = None,
         cores: frozenset[int] | None = None,
         visible_gpus: str | None = None,
         seed: int = 0,
         log_path: Path | None = None,
         events: Events | None = None,
     ) -> None:
-        arguments = RankArguments(model, dtype, settings, temperature, writer, seed)
+        arguments = RankArguments(model, dtype, settings, temperature, writer, sender, seed)
         self._events = events or Events(None)
         specs = self._specs(arguments, cores, log_path)
         self._ranks = Ranks([replace(spec, visible_gpus=visible_gpus) for spec in specs])
@@ -112,6 +126,18 @@ class RankTrainer(ABC):
         with self._events.span("export_adapter", "trainer"):
             ticket: AdapterTicket = await self._ranks.call("export_adapter", name)
         return ticket
+
+    @asynccontextmanager
+    async def sending_weights(self, name: str) -> AsyncIterator[WeightsTicket]:
+        """While the block runs, the weights with the adapter merged into them are handed to engines; at its end all have them."""
+        with self._events.span("send_weights", "trainer"):
+            location = await self._ranks.call("listen")
+            try:
+                async with create_task_group() as tasks:
+                    tasks.start_soon(self._ranks.call, "send_weights", name)
+                    yield WeightsTicket(location)
+            except ExceptionGroup as group:
+                raise group.exceptions[0] from None
 
     async def save(self, name: str, folder: Path) -> None:
         """Write `adapter/` and `state/` into the folder. A forward_backward that is running raises Interrupted."""

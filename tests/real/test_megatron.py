@@ -22,9 +22,9 @@ Start = Callable[..., Any]
 
 
 def test_trains_a_real_model(start: Start, tmp_path: Path) -> None:
-    """Whose adapter is merged into the engine's weights."""
+    """And sends all its weights, with the adapter merged into them."""
     flags = ["--trainer.kind", "megatron", "--num_steps", "3", "--max_staleness", "0", "--dtype", "float32"]
-    flags += ["--refit.form", "merged"]
+    flags += ["--refit.form", "full"]
     run = start(tmp_path / "run", *flags, "--optim.lr", "1e-3", model="SmolLM2-135M-Instruct")
     run.wait_for_steps(1)
     assert run.wait(300) == 0, run.text()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import anyio
 import pytest
 from hypothesis import given, settings
@@ -12,7 +15,7 @@ from rlloop.errors import RefitError
 from rlloop.events import Events
 from rlloop.refit.publisher import Refit
 from rlloop.trainer.fake import FakeTrainer
-from rlloop.types import AdapterTicket, InFlight, LoraConfig, RefitReport
+from rlloop.types import AdamConfig, AdapterTicket, InFlight, LoraConfig, RefitReport, Ticket, WeightsTicket
 
 pytestmark = pytest.mark.anyio
 
@@ -158,3 +161,34 @@ def test_whatever_is_leased_is_served(backend: str, num_versions: int, stays: li
                     await anyio.sleep(0.001)
 
     anyio.run(run, backend=backend)
+
+
+class Sending(FakeTrainer):
+    """Notes when it hands out weights."""
+
+    is_sending = False
+
+    @asynccontextmanager
+    async def sending_weights(self, name: str) -> AsyncIterator[WeightsTicket]:
+        async with super().sending_weights(name) as ticket:
+            self.is_sending = True
+            yield ticket
+            self.is_sending = False
+
+
+async def test_full_weights_are_sent_while_the_engine_takes_them(anyio_backend: str) -> None:
+    trainer, taken = Sending(), []
+
+    class Taking(FakeEngine):
+        async def publish(self, version: int, ticket: Ticket) -> RefitReport:
+            taken.append((version, ticket, trainer.is_sending))
+            return await super().publish(version, ticket)
+
+    await trainer.create_adapter("policy", LoraConfig())
+    refit = Refit(trainer, Taking(), "policy", 2, Events(None), form="full")
+    for version in range(2):
+        await refit.publish(version)
+        await trainer.optim_step("policy", AdamConfig(lr=1e-3))
+    assert taken == [(version, WeightsTicket(f"fake-{version}"), True) for version in range(2)]
+    assert not trainer.is_sending
+    assert refit.latest == 1

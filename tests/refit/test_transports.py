@@ -152,7 +152,7 @@ def test_a_segment_that_is_gone_is_an_error_that_names_it(segment: str) -> None:
 
 
 def test_the_gpus_memory_wants_a_gpu() -> None:
-    with pytest.raises(RefitError, match=r"--refit.transport cuda_ipc: expected an adapter on a GPU, got one on cpu"):
+    with pytest.raises(RefitError, match=r"--refit.transport cuda_ipc: expected weights on a GPU, got some on cpu"):
         CudaIpcWriter("float32").write(adapter(), 1.0)
 
 

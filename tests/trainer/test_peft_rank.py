@@ -1,7 +1,7 @@
 """The rank's arithmetic against plain transformers + peft, sample by sample, in this process."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,14 +38,33 @@ class Writer:
         pass
 
 
+class Sender:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, Tensor] = {}
+
+    def listen(self) -> str:
+        return "here"
+
+    def send(self, weights: Iterator[tuple[str, Tensor]], check_interrupt: Callable[[], None]) -> None:
+        self.sent = {name: weight.clone() for name, weight in weights}
+
+    def close(self) -> None:
+        pass
+
+
 def surrogate(logprobs: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
     ratio = (logprobs - tokens.rollout_logprobs).exp()
     return -(tokens.loss_weights * ratio * tokens.advantages).sum(), {"ratio": ratio}
 
 
-def make_rank(model: str, dtype: str = "float32", interrupted: Any = None, **settings: Any) -> PeftRank:
+def make_rank(
+    model: str, dtype: str = "float32", interrupted: Any = None, sender: Sender | None = None, **settings: Any
+) -> PeftRank:
     context = RankContext(0, 1, interrupted or SimpleNamespace(value=0), call_number=1)
-    return PeftRank(context, RankArguments(model, dtype, TrainerSettings(**settings), TEMPERATURE, Writer(), seed=0))
+    arguments = RankArguments(model, dtype, TrainerSettings(**settings), TEMPERATURE, Writer(), sender, seed=0)
+    return PeftRank(context, arguments)
 
 
 @pytest.fixture
@@ -163,6 +182,27 @@ def test_saved_adapter_is_pefts(
         for ours, theirs in zip(rows, wanted, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert any(abs(a - b).max() > 1e-3 for a, b in zip(expected, expected_of_base, strict=True))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_weights_that_are_sent_are_those_that_peft_merges(
+    models: dict[str, str], make_samples: MakeSamples, tmp_path: Path, dora: bool
+) -> None:
+    sender = Sender()
+    rank = make_rank(models["llama"], sender=sender)
+    rank.create_adapter("other", LORA)
+    rank.create_adapter("policy", replace(LORA, dora=dora))
+    for _ in range(2):
+        rank.forward_backward("policy", make_samples(), surrogate)
+        rank.optim_step("policy", ADAM)
+    rank.send_weights("policy")
+    rank.save("policy", tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    expected = dict(merged.named_parameters())
+    assert sender.sent.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(sender.sent[name], weight.detach(), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("max_tokens", [16, 30, 75])

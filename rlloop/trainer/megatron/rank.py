@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class MegatronRank:
         self._context = context
         self._settings = settings = arguments.settings
         self._writer = arguments.writer
+        self._sender = arguments.sender
         self._folder = arguments.model
         self._dtype: torch.dtype = getattr(torch, arguments.dtype)
         parallel = settings.megatron
@@ -60,6 +62,8 @@ class MegatronRank:
     def close(self) -> None:
         """Free what the transport holds."""
         self._writer.close()
+        if self._sender is not None:
+            self._sender.close()
         self._trace.close()
 
     def create_adapter(self, name: str, lora: LoraConfig, head: Head = "policy") -> None:
@@ -155,6 +159,20 @@ class MegatronRank:
                     merged *= (magnitude / merged.norm(dim=1))[:, None]
                 weight = merged.to(weight.dtype)
             yield hf_name, weight
+
+    def listen(self) -> str | None:
+        """For engines that ask for weights."""
+        assert self._sender is not None
+        return self._sender.listen() if self._groups.rank == 0 else None
+
+    def send_weights(self, name: str) -> None:
+        """To all who ask."""
+        assert self._sender is not None
+        weights = self.export_weights(name)
+        if self._groups.rank == 0:
+            self._sender.send(weights, self._context.check_interrupt)
+        else:
+            deque(weights, maxlen=0)
 
     def save(self, name: str, folder: Path) -> None:
         """In PEFT's format, whole tensors (see `adapter_files`)."""

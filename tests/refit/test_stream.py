@@ -1,0 +1,187 @@
+"""Weights in buckets, between threads instead of processes."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from rlloop.errors import RefitError
+from rlloop.refit.stream import WeightsReader, WeightsSender
+from rlloop.refit.transports import SHARED_MEMORY
+from rlloop.refit.whole import load_in_place
+from rlloop.trainer.ranks import Interrupted
+
+SIZES = [(3, 5), (7,), (64, 9), (1,), (2, 3, 4), (8, 8), (100,), (5,)]
+Weights = dict[str, torch.Tensor]
+
+
+def make_weights(seed: int = 0) -> Weights:
+    generator = torch.Generator().manual_seed(seed)
+    return {f"w{number}": torch.randn(size, generator=generator) for number, size in enumerate(SIZES)}
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    name = f"rlloop-test-{uuid.uuid4().hex}"
+    yield name
+    assert not list(SHARED_MEMORY.glob(f"{name}*"))
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as threads:
+        yield threads
+
+
+def read(reader: WeightsReader, address: str) -> Weights:
+    """A tensor is valid until the next is asked for."""
+    return {name: tensor.clone() for name, tensor in reader.read(reader.connect(address))}
+
+
+def never() -> None:
+    pass
+
+
+@pytest.mark.parametrize("bucket_bytes", [4, 400, 1 << 20])  # one tensor each, several, all in one; 4 is less than any
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_reader_gets_every_weight(name: str, threads: ThreadPoolExecutor, bucket_bytes: int, dtype: str) -> None:
+    sender = WeightsSender("memory", dtype, name, 2, bucket_bytes=bucket_bytes)
+    readers = [WeightsReader(torch.device("cpu")) for _ in range(2)]
+    for seed in range(3):  # buckets are used again
+        weights, address = make_weights(seed), sender.listen()
+        sent = threads.submit(sender.send, iter(weights.items()), never)
+        for found in threads.map(lambda reader, address=address: read(reader, address), readers):  # type: ignore[misc]
+            assert list(found) == list(weights)
+            for key, weight in weights.items():
+                assert found[key].equal(weight.to(getattr(torch, dtype)))
+        sent.result()
+        num_bytes = sum(weight.numel() for weight in weights.values()) * getattr(torch, dtype).itemsize
+        assert [reader.num_bytes for reader in readers] == [num_bytes] * 2
+    sender.close()
+
+
+def test_one_bucket_is_filled_while_another_is_read(name: str, threads: ThreadPoolExecutor) -> None:
+    sender = WeightsSender("memory", "float32", name, 1, bucket_bytes=4)
+    taken: Future[None] = Future()
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from (("a", torch.ones(2)), ("b", torch.ones(3)))
+        taken.set_result(None)
+
+    address = sender.listen()
+    sent = threads.submit(sender.send, weights(), never)
+    reader = WeightsReader(torch.device("cpu"))
+    stream = reader.read(reader.connect(address))
+    assert next(stream)[0] == "a"
+    taken.result(timeout=10)  # before "a" was read
+    assert [key for key, _ in stream] == ["b"]
+    sent.result()
+    sender.close()
+
+
+def test_a_reader_that_hangs_up_ends_it_and_all_are_made(name: str, threads: ThreadPoolExecutor) -> None:
+    """Which other ranks of the trainer rely on."""
+    sender = WeightsSender("memory", "float32", name, 1, bucket_bytes=4)
+    address, weights = sender.listen(), iter(make_weights().items())
+    sent = threads.submit(sender.send, weights, never)
+    reader = WeightsReader(torch.device("cpu"))
+    stream = reader.read(reader.connect(address))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    sent.result(timeout=10)
+    assert next(weights, None) is None
+    assert list(read_after(sender, reader, threads)) == list(make_weights())
+    sender.close()
+
+
+def read_after(sender: WeightsSender, reader: WeightsReader, threads: ThreadPoolExecutor) -> Weights:
+    address = sender.listen()
+    sent = threads.submit(sender.send, iter(make_weights().items()), never)
+    found = read(reader, address)
+    sent.result()
+    return found
+
+
+def test_a_sender_that_hangs_up_is_an_error(name: str, threads: ThreadPoolExecutor) -> None:
+    sender = WeightsSender("memory", "float32", name, 1, bucket_bytes=4)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from make_weights().items()
+        raise ZeroDivisionError
+
+    address = sender.listen()
+    sent = threads.submit(sender.send, weights(), never)
+    with pytest.raises(RefitError, match="hung up before all weights had come"):
+        read(WeightsReader(torch.device("cpu")), address)
+    with pytest.raises(ZeroDivisionError):
+        sent.result()
+    sender.close()
+
+
+def test_a_sender_whom_nobody_asks_can_be_interrupted(name: str) -> None:
+    def interrupt() -> None:
+        raise Interrupted
+
+    sender = WeightsSender("memory", "float32", name, 1)
+    sender.listen()
+    weights = iter(make_weights().items())
+    with pytest.raises(Interrupted):
+        sender.send(weights, interrupt)
+    assert next(weights, None) is None
+    with pytest.raises(OSError, match="refused"):
+        WeightsReader(torch.device("cpu")).connect(name)
+    sender.close()
+
+
+class FakeStream:
+    """Of one bucket that does not have the digest that it should."""
+
+    def __init__(self, header: dict[str, Any]) -> None:
+        self._header = header
+
+    def __enter__(self) -> FakeStream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def poll(self, seconds: float) -> bool:
+        return True
+
+    def recv(self) -> dict[str, Any]:
+        return self._header
+
+
+def test_what_is_not_as_it_was_sent_is_refused(name: str) -> None:
+    path = SHARED_MEMORY / name
+    path.write_bytes(b"\0" * 16)
+    header = {"manifest": [("w", (4,))], "digest": "another", "dtype": "float32", "transport": "memory"}
+    stream: Any = FakeStream({**header, "location": str(path), "num_bytes": 16})
+    with pytest.raises(RefitError, match="did not arrive as they were sent, in those from w on"):
+        list(WeightsReader(torch.device("cpu")).read(stream))
+    path.unlink()
+
+
+class FakeModel(torch.nn.Linear):
+    """That takes, as vLLM's do, what it knows."""
+
+    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
+        own = dict(self.named_parameters())
+        found = {key: weight for key, weight in weights if key in own}
+        for key, weight in found.items():
+            own[key].data.copy_(weight)
+        return {*found}
+
+
+def test_weights_that_did_not_come_are_an_error() -> None:
+    model = FakeModel(2, 3)
+    bias = torch.randn(3)
+    with pytest.raises(ValueError, match=r"1 weights of the engine's model did not come, for example \['weight'\]"):
+        load_in_place(model, iter([("bias", bias), ("other", bias)]))
+    load_in_place(model, iter([("bias", bias), ("weight", torch.ones(3, 2))]))
+    assert model.bias.equal(bias)
