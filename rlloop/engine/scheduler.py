@@ -13,7 +13,8 @@ import numpy as np
 
 SCHEDULER = f"{__name__}.make_scheduler"
 LOGPROBS_AT_THE_END = "logprobs_at_the_end"
-"""In a request's `extra_args`. Not for one that may be aborted and read nevertheless: what is held goes with it."""
+"""In a request's `extra_args`. Not for one that may end elsewhere and be read nevertheless, by an abort or at a stop string: what
+is held goes with it."""
 
 
 def make_scheduler(vllm_config: Any, **arguments: Any) -> Any:

@@ -92,8 +92,8 @@ class VllmEngine:
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            # What is aborted to restart is read, too.
-            extra_args=None if request.in_flight == "restart" else {LOGPROBS_AT_THE_END: True},
+            # Not of what restarts, whose tokens before the abort are read, nor where vLLM's front end is who finds the end.
+            extra_args=None if request.in_flight == "restart" or request.stop else {LOGPROBS_AT_THE_END: True},
         )
         prompt = TokensPrompt(prompt_token_ids=list(request.tokens))
         version = request.policy_version if request.in_flight == "finish" else self._newest

@@ -153,6 +153,22 @@ def test_n_and_seeds(harness: Harness) -> None:
     assert len(first.tokens) == len(first.logprobs) == 16
 
 
+def test_a_stop_string_ends_a_request(harness: Harness, tiny_llama: Path) -> None:
+    """Which vLLM's front end sees, and not the process that holds logprobs back."""
+    from transformers import AutoTokenizer
+
+    version, weights = harness.publish()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    [whole] = harness.generate(version, max_tokens=200)
+    words = [tokenizer.decode([token]) for token in whole.tokens.tolist()]
+    place = next(place for place, word in enumerate(words) if place > 20 and len(word) > 3 and word.isascii())
+    [stopped] = harness.generate(version, max_tokens=200, stop=(words[place],))
+    assert stopped.finish_reason == "stop"
+    assert 0 < len(stopped.tokens) <= place + 1
+    assert stopped.tokens.tolist() == whole.tokens[: len(stopped.tokens)].tolist()
+    harness.assert_sampled_by(weights, [stopped])
+
+
 def test_logprobs_are_those_of_the_distribution_at_the_temperature(harness: Harness) -> None:
     version, weights = harness.publish()
     [completion] = harness.generate(version, temperature=0.5)
