@@ -33,33 +33,29 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
+import torch
 from _report import RESULTS, Cell, Report
 from _runs import HERE, Run, endless_model, run_rlloop
 from rlloop.envs.arithmetic import Arithmetic
 from trainer import PEAK_FLOPS, SHAPES, write_model
 from trl_baseline import GROUP_SIZE
 
+from rlloop.config import RunSettings
 from rlloop.models import resolve_model, weight_bytes
-from rlloop.placement import visible_gpus
+from rlloop.placement import resolve_dtype, visible_gpus
 
 WARMUP = 3
 PROMPT_ROOM = 96
 """Tokens; a prompt has about 40."""
 TAIL = 6
 """Geometric completions are cut off at so many times the mean, which one in 400 reaches."""
-RLLOOP = {
-    "async_split": (2, "split"),
-    "async_colocated": (2, "colocated"),
-    "sync_colocated": (0, "colocated"),
-    "sync_split": (0, "split"),
-}
+RLLOOP = {"async_split": 2, "async_colocated": 2, "sync_colocated": 0, "sync_split": 0}
 TRL = {"trl": "--importance-correction", "trl_uncorrected": "--no-importance-correction"}
 LENGTHS = ("fixed", "geometric", "own")
 # `tiny` with the vocabulary of the prompts' tokenizer, and heads that vLLM knows on a CPU.
@@ -91,7 +87,7 @@ ON_GPUS = {
     "135m": Workload(32, 128, 16384, 8, 1e-7, 0.25),
 }
 REAL = Workload(32, 128, 16384, 8, 1e-4, 0.25)
-ON_A_CPU = Workload(4, 24, 2048, 1, 1e-5, 1.0, rank=8, max_num_seqs=96)
+ON_A_CPU = Workload(2, 12, 2048, 1, 1e-5, 1.0, rank=8, max_num_seqs=96)
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ class Case:
 
     @property
     def is_random(self) -> bool:
-        return self.model in SHAPES
+        return self.model in RANDOM
 
     @property
     def workload(self) -> Workload:
@@ -121,96 +117,88 @@ class Case:
     def longest(self) -> int:
         return self.workload.num_tokens * (TAIL if self.lengths == "geometric" else 1)
 
+    def num_trainer_gpus(self, system: str) -> int:
+        return max(1, round(self.num_gpus * self.workload.trainer_share)) if is_split(system) else self.num_gpus
+
+
+def is_split(system: str) -> bool:
+    return system.endswith("split")
+
 
 def prepare_model(case: Case, like: str, scratch: Path) -> Path:
     """A folder whose model ends its completions as the case says. Random weights are written once."""
+    folder, tokenizer = scratch / "model", Path(resolve_model(like))
     if not case.is_random:
-        return endless_model(like, scratch / "model") if case.lengths == "fixed" else Path(resolve_model(like))
-    folder, vocabulary = scratch / "model", RANDOM[case.model].vocab_size
+        return endless_model(like, folder) if case.lengths == "fixed" else tokenizer
     if not folder.exists():
         write_model(RANDOM[case.model], folder)
-        for pattern, file in product(("*token*", "chat_template*"), Path(resolve_model(like)).iterdir()):
-            if file.match(pattern):
-                shutil.copy(file, folder)
+        torch.cuda.empty_cache()
+        for file in [*tokenizer.glob("*token*"), *tokenizer.glob("chat_template*")]:
+            shutil.copy(file, folder)
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
     # Logits are nearly equal, so a token comes about once in `vocabulary` tokens.
-    ends = range(vocabulary // case.workload.num_tokens if case.lengths == "geometric" else 0)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends) or None}))
+    vocabulary = RANDOM[case.model].vocab_size
+    num_ends = vocabulary // case.workload.num_tokens if case.lengths == "geometric" else 0
+    ends = [*range(vocabulary - num_ends, vocabulary)]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends or None}))
     return folder
 
 
-def num_trainer_gpus(case: Case, system: str) -> int:
-    if system in TRL or RLLOOP[system][1] == "colocated":
-        return case.num_gpus
-    return max(1, round(case.num_gpus * case.workload.trainer_share))
-
-
-def run_ours(case: Case, system: str, model: Path, flags: Sequence[str], scratch: Path) -> Run:
+def run_ours(case: Case, system: str, model: Path, scratch: Path, flags: Sequence[str]) -> Run:
     """One run of rlloop, and what is kept of it."""
-    workload, (max_staleness, placement) = case.workload, RLLOOP[system]
-    settings = {
-        "model": model,
-        "env": "digits:Vowels" if case.is_random else "digits:Digits",
-        "num_steps": WARMUP + case.num_steps + max_staleness,
-        "max_staleness": max_staleness,
-        "groups_per_step": case.num_groups,
-        "group_size": GROUP_SIZE,
-        "sampling.max_tokens": case.longest,
-        "lora.rank": workload.rank,
-        "lora.alpha": 2 * workload.rank,
-        "optim.lr": workload.lr,
-        "engine.max_model_len": PROMPT_ROOM + case.longest,
-        "engine.max_num_seqs": workload.max_num_seqs,
-        "engine.kv_cache_gib": workload.kv_cache_gib,
-        "trainer.max_tokens_per_microbatch": workload.microbatch,
-        "checkpoint.every": 1000,
-    }
+    work, max_staleness, run_dir = case.workload, RLLOOP[system], scratch / "run"
+    given = [
+        *("--model", str(model), "--env", "digits:Vowels" if case.is_random else "digits:Digits"),
+        *("--num_steps", str(WARMUP + case.num_steps + max_staleness), "--max_staleness", str(max_staleness)),
+        *("--groups_per_step", str(case.num_groups), "--group_size", str(GROUP_SIZE)),
+        *("--lora.rank", str(work.rank), "--lora.alpha", str(2 * work.rank), "--optim.lr", str(work.lr)),
+        *("--engine.max_model_len", str(PROMPT_ROOM + case.longest), "--sampling.max_tokens", str(case.longest)),
+        *("--engine.max_num_seqs", str(work.max_num_seqs), "--engine.kv_cache_gib", str(work.kv_cache_gib)),
+        *("--trainer.max_tokens_per_microbatch", str(work.microbatch), "--checkpoint.every", "1000", *flags),
+    ]
     if case.num_gpus:
-        settings["trainer.kind"] = "megatron"
-        settings["trainer.megatron.data_parallel"] = num_trainer_gpus(case, system)
-        flags = [*flags, *(["--placement.colocate"] if placement == "colocated" else [])]
-    given = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    figures = run_rlloop("grpo", scratch / "run", *given, *flags)
+        given += ["--trainer.kind", "megatron", "--trainer.megatron.data_parallel", str(case.num_trainer_gpus(system))]
+        given += [] if is_split(system) else ["--placement.colocate"]
+    figures = run_rlloop("grpo", run_dir, *given)
     lines = figures.metrics[WARMUP:][: case.num_steps]
-    rows = [row for line in lines for row in read_rows(scratch / "run", line["step"])]
+    paths = [run_dir / "completions" / f"step_{line['step']:06d}.jsonl" for line in lines]
+    rows = [json.loads(row) for path in paths for row in path.read_text().splitlines()]
     seconds = sum(line["time/step"] for line in lines)
 
-    def total(rate: str, time: str) -> float:
+    def total(rate: str, time: str = "time/step") -> float:
         return sum(line[rate] * line[time] for line in lines)
 
     return {
         "seconds": seconds,
         "num_samples": len(rows),
-        "num_generated": total("perf/gen_tokens_per_second", "time/step"),
+        "num_generated": total("perf/gen_tokens_per_second"),
         "num_trained": total("perf/train_tokens_per_second", "time/forward_backward"),
         "mean_length": fmean(row["num_tokens"] for row in rows),
-        "overlap_efficiency": total("perf/overlap_efficiency", "time/step") / seconds,
-        "engine_idle": total("time/engine_idle_frac", "time/step") / seconds,
-        "trainer_idle": total("time/trainer_idle_frac", "time/step") / seconds,
+        "overlap_efficiency": total("perf/overlap_efficiency") / seconds,
+        "engine_idle": total("time/engine_idle_frac") / seconds,
+        "trainer_idle": total("time/trainer_idle_frac") / seconds,
         "staleness": Counter(str(row["step"] - 1 - row["policy_version"]) for row in rows),
         "rewards": figures.rewards,
     }
 
 
-def read_rows(run_dir: Path, step: int) -> list[dict[str, Any]]:
-    path = run_dir / "completions" / f"step_{step:06d}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def run_trl(case: Case, system: str, model: Path, scratch: Path) -> Run:
     """One run of TRL, and the same figures of it: one phase comes after the other."""
-    workload, prompts, arithmetic = case.workload, scratch / "prompts.json", Arithmetic()
+    work, prompts, arithmetic = case.workload, scratch / "prompts.json", Arithmetic()
     prompts.write_text(json.dumps([arithmetic.messages(arithmetic.task(i)) for i in range(len(arithmetic))]))
-    fitting = min(workload.groups * GROUP_SIZE, max(1, workload.microbatch // (PROMPT_ROOM // 2 + case.longest)))
-    microbatch = next(size for size in range(fitting, 0, -1) if workload.groups * GROUP_SIZE % size == 0)
+    of_rank = work.groups * GROUP_SIZE
+    fitting = min(of_rank, max(1, work.microbatch // (PROMPT_ROOM // 2 + case.longest)))
+    microbatch = next(size for size in range(fitting, 0, -1) if of_rank % size == 0)
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(case.num_gpus)]
     command = [sys.executable, *(several if case.num_gpus > 1 else []), str(HERE / "trl_baseline.py")]
     command += ["--model", str(model), "--prompts", str(prompts), "--generation", "vllm", TRL[system]]
     command += ["--steps", str(case.num_steps), "--warmup", str(WARMUP), "--groups", str(case.num_groups)]
-    command += ["--tokens", str(case.longest), "--microbatch", str(microbatch), "--rank", str(workload.rank)]
-    command += ["--lr", str(workload.lr), "--reward", "vowels" if case.is_random else "digits"]
-    command += [*([] if case.lengths == "fixed" else ["--ends"]), *(["--autocast"] if case.num_gpus else [])]
+    command += ["--tokens", str(case.longest), "--microbatch", str(microbatch), "--rank", str(work.rank)]
+    command += ["--lr", str(work.lr), "--reward", "vowels" if case.is_random else "digits"]
+    command += ["--dtype", resolve_dtype(RunSettings()), *([] if case.lengths == "fixed" else ["--ends"])]
+    # On GPUs, where products in fp32 are slow: PEFT keeps the adapter in fp32.
+    command += ["--autocast"] if case.num_gpus else []
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     found = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
     share = {part: value / sum(found["seconds"].values()) for part, value in found["seconds"].items()}
@@ -231,41 +219,37 @@ def run_trl(case: Case, system: str, model: Path, scratch: Path) -> Run:
     }
 
 
-def rates(runs: dict[str, list[Run]], num_parameters: int, case: Case) -> Iterator[dict[str, Cell]]:
+def rates(case: Case, runs: Mapping[str, list[Run]]) -> Iterator[dict[str, Cell]]:
     """A row a system: medians over its runs."""
 
     def rate(system: str, of: str = "num_samples") -> float:
         return median(run[of] / run["seconds"] for run in runs[system])
 
     for system, repeats in runs.items():
-        flops = 4 * num_parameters * rate(system, "num_trained")
-        row: dict[str, Cell] = {"system": system, "samples/s": rate(system)}
-        row |= {
-            f"/ {other}": f"{rate(system) / rate(other):.2f}x" if other in runs else None
-            for other in ("trl", "trl_uncorrected", "sync_colocated", "sync_split")
-        }
+        flops = 4 * repeats[0]["num_parameters"] * rate(system, "num_trained")
+        others = ("trl", "trl_uncorrected", "sync_colocated", "sync_split")
         yield {
-            **row,
+            "system": system,
+            "samples/s": rate(system),
+            **{f"/ {each}": f"{rate(system) / rate(each):.2f}x" if each in runs else None for each in others},
             "each": " ".join(f"{run['num_samples'] / run['seconds']:.3g}" for run in repeats),
             "s/step": median(run["seconds"] for run in repeats) / case.num_steps,
             "generated tokens/s": rate(system, "num_generated"),
             "trained tokens/s": rate(system, "num_trained"),
-            "MFU": f"{flops / PEAK_FLOPS / num_trainer_gpus(case, system):.3f}" if case.num_gpus else None,
+            "MFU": f"{flops / PEAK_FLOPS / case.num_trainer_gpus(system):.3f}" if case.num_gpus else None,
             "mean length": median(run["mean_length"] for run in repeats),
         }
 
 
-def uses(runs: dict[str, list[Run]]) -> Iterator[dict[str, Cell]]:
+def uses(runs: Mapping[str, list[Run]]) -> Iterator[dict[str, Cell]]:
     """Where the time goes, how old samples are and whether the policy learns: means over a system's runs."""
-    shares = {"overlap efficiency": "overlap_efficiency", "engine idle": "engine_idle", "trainer idle": "trainer_idle"}
     for system, repeats in runs.items():
-        staleness = sum((Counter(run["staleness"]) for run in repeats), Counter())
+        ages: Counter[str] = sum((Counter(run["staleness"]) for run in repeats), Counter())
+        shares = ("overlap_efficiency", "engine_idle", "trainer_idle")
         yield {
             "system": system,
-            **{title: f"{fmean(run[key] for run in repeats):.0%}" for title, key in shares.items()},
-            "staleness": ", ".join(
-                f"{age}: {number / staleness.total():.0%}" for age, number in sorted(staleness.items())
-            ),
+            **{each.replace("_", " "): f"{fmean(run[each] for run in repeats):.0%}" for each in shares},
+            "staleness": ", ".join(f"{age}: {number / ages.total():.0%}" for age, number in sorted(ages.items())),
             "reward, first 3 steps": fmean(value for run in repeats for value in run["rewards"][:3]),
             "last 3": fmean(value for run in repeats for value in run["rewards"][-3:]),
         }
@@ -273,18 +257,13 @@ def uses(runs: dict[str, list[Run]]) -> Iterator[dict[str, Cell]]:
 
 def tabulate(report: Report, kept: Sequence[Run]) -> None:
     """Two tables a case; runs with other flags have their own."""
-    for key in dict.fromkeys(json.dumps([run["case"], run["flags"]]) for run in kept):
-        of_case = [run for run in kept if json.dumps([run["case"], run["flags"]]) == key]
-        case = Case(**of_case[0]["case"])
-        runs = {
-            system: found
-            for system in (*RLLOOP, *TRL)
-            if (found := [run for run in of_case if run["system"] == system])
-        }
-        where = f"{case.num_gpus} GPUs" if case.num_gpus else "CPU"
-        title = f"{case.model}, {where}, {case.lengths} lengths" + "".join(f" {flag}" for flag in of_case[0]["flags"])
-        work = f"{case.num_groups} x {GROUP_SIZE} samples a step, up to {case.longest} tokens, {case.num_steps} steps"
-        report.table(f"{title}: {work}", [*rates(runs, of_case[0]["num_parameters"], case)])
+    for case, flags in [json.loads(key) for key in dict.fromkeys(json.dumps([r["case"], r["flags"]]) for r in kept)]:
+        of_case = [run for run in kept if (run["case"], run["flags"]) == (case, flags)]
+        found = {each: [run for run in of_case if run["system"] == each] for each in (*RLLOOP, *TRL)}
+        runs, of = {system: repeats for system, repeats in found.items() if repeats}, Case(**case)
+        title = " ".join([f"{of.model}, {of.num_gpus or 'no'} GPUs, {of.lengths} lengths", *flags])
+        work = f"{of.num_groups} x {GROUP_SIZE} samples a step, up to {of.longest} tokens, {of.num_steps} steps"
+        report.table(f"{title}: {work}", [*rates(of, runs)])
         report.table(f"{title}: use of the time", [*uses(runs)])
 
 
@@ -305,25 +284,25 @@ def main() -> None:
     path = RESULTS / f"{options.name}.jsonl"
     path.parent.mkdir(exist_ok=True)
     kept: list[Run] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    systems = [each for each in options.systems if len(gpus) > 1 or each in TRL or RLLOOP[each][1] == "colocated"]
+    systems = [each for each in options.systems if len(gpus) > 1 or not is_split(each)]
     for name in options.shapes or ["SmolLM2"]:
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if gpus else None) as scratch:
-            for lengths, repeat, system in product(options.lengths, range(options.repeats), systems):
-                case = Case(name, lengths, len(gpus), options.steps)
+        chosen = [each for each in options.lengths if each != ("own" if name in SHAPES else "geometric")]
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if gpus else None) as folder:
+            for lengths, repeat, system in product(chosen, range(options.repeats), systems):
+                case, scratch = Case(name, lengths, len(gpus), options.steps), Path(folder)
                 what: Run = {"case": vars(case), "system": system, "repeat": repeat, "flags": flags}
-                is_absent = lengths == ("own" if case.is_random else "geometric")
-                if is_absent or any(what.items() <= run.items() for run in kept):
+                if any(what.items() <= run.items() for run in kept):
                     continue
-                model = prepare_model(case, options.model, Path(scratch))
-                what["num_parameters"] = weight_bytes(model, "bfloat16") // 2
+                model = prepare_model(case, options.model, scratch)
                 try:
                     if system in TRL:
-                        found = run_trl(case, system, model, Path(scratch))
+                        found = run_trl(case, system, model, scratch)
                     else:
-                        found = run_ours(case, system, model, flags, Path(scratch))
+                        found = run_ours(case, system, model, scratch, flags)
                 except subprocess.CalledProcessError as error:
                     report.line(f"{name}, {lengths}, {system}: ended with {error.returncode}")
                     continue
+                found["num_parameters"] = weight_bytes(model, "bfloat16") // 2
                 kept.append({**what, **found, **report.facts})
                 with path.open("a") as file:
                     file.write(json.dumps(kept[-1]) + "\n")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from time import monotonic
 
@@ -13,7 +13,7 @@ from anyio import CancelScope, Event
 from rlloop.engine import Engine
 from rlloop.events import Events
 from rlloop.trainer import Trainer
-from rlloop.types import InFlight, RefitForm, RefitReport, Ticket
+from rlloop.types import AdapterTicket, InFlight, RefitForm, RefitReport
 
 
 class Refit:
@@ -68,11 +68,11 @@ class Refit:
         """
         started = monotonic()
         with self._events.span("refit", "refit", policy_version=version):
-            async with self._exported() as ticket:
-                await self._make_room()  # last, for nothing may lease a version that is overwritten
-                with CancelScope(shield=True):  # a version that is loaded is known, and so retired
-                    report = await self._engine.publish(version, ticket)
-                    self._served.add(version)
+            ticket = None if self._form == "full" else await self._trainer.export_adapter(self._adapter)
+            await self._make_room()  # last, for nothing may lease a version that is overwritten
+            with CancelScope(shield=True):  # a version that is loaded is known, and so retired
+                report = await self._load(version, ticket)
+                self._served.add(version)
         self.latest = version
         return replace(report, publish_seconds=monotonic() - started)
 
@@ -82,13 +82,11 @@ class Refit:
             await self._engine.retire(version)
         self._served.clear()
 
-    @asynccontextmanager
-    async def _exported(self) -> AsyncIterator[Ticket]:
-        if self._form == "full":
-            async with self._trainer.sending_weights(self._adapter) as weights:
-                yield weights
-        else:
-            yield await self._trainer.export_adapter(self._adapter)
+    async def _load(self, version: int, ticket: AdapterTicket | None) -> RefitReport:
+        if ticket is not None:
+            return await self._engine.publish(version, ticket)
+        async with self._trainer.sending_weights(self._adapter) as weights:
+            return await self._engine.publish(version, weights)
 
     async def _make_room(self) -> None:
         """Retire versions that nobody uses; if all are in use, wait until one is not."""

@@ -26,11 +26,15 @@ Layers = Mapping[str, tuple[Any, int]]
 
 
 @dataclass
-class _Slot:
+class Slot:
+    """One that holds zeros where no tensor of the present arrangement lies."""
+
     views: list[torch.Tensor]
     """In the manifest's order."""
     filled_from: Sequence[torch.Tensor]
     fill: Recorded[None]
+    check: Recorded[torch.Tensor]
+    """Reads it back."""
 
 
 class Slots:
@@ -49,8 +53,7 @@ class Slots:
         self.manifest: Manifest = []
         """Of the adapters that have the present arrangement."""
         self._places: list[Place] = []
-        self._slots: dict[int, _Slot] = {}
-        """Only those that hold zeros elsewhere."""
+        self._slots: dict[int, Slot] = {}
         self.shares = Shares([], [], are_sharded=False)
 
     def arrange(self, manifest: Manifest) -> None:
@@ -70,8 +73,8 @@ class Slots:
             versions = sorted(each - 1 for each in held if each != HOPPING_ID)
             raise ValueError(f"all {len(versions)} adapter slots hold policy versions {versions}; retire one first")
 
-    def fill(self, adapter_id: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Copy them into the adapter's slot, or a free one; -> what that holds now, tensors in the manifest's order."""
+    def fill(self, adapter_id: int, parts: Sequence[torch.Tensor]) -> Slot:
+        """Copy them into the adapter's slot, or a free one; -> that slot."""
         slots = self._manager.lora_index_to_id
         index = slots.index(adapter_id if adapter_id in slots else None)
         slot = self._slots.get(index)
@@ -82,13 +85,14 @@ class Slots:
                 _view(place, index, name, part)
                 for place, (name, _), part in zip(self._places, self.manifest, parts, strict=True)
             ]
-            slot = self._slots[index] = _Slot(views, (), Recorded(parts[0].device))
+            device = parts[0].device
+            slot = self._slots[index] = Slot(views, (), Recorded(device), Recorded(device))
         if parts is not slot.filled_from:
             slot.filled_from, slot.fill = parts, Recorded(parts[0].device)
         slot.fill(lambda: torch._foreach_copy_(slot.views, list(parts)))
         if slots[index] is None:
             vllm_compat.occupy_slot(self._manager, index, adapter_id)
-        return slot.views
+        return slot
 
 
 def find_places(layers: Layers, model: Any, names: Sequence[str]) -> list[Place]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -23,8 +24,8 @@ from rlloop.refit.transports import Reader, Shared, make_shared
 from rlloop.types import Transport
 
 Named = tuple[str, torch.Tensor]
-PATIENCE = 300.0
-"""Seconds for which one side waits for the other, which may be in the middle of a batch of long prompts."""
+PATIENCE = 60.0
+"""Seconds for which one side waits for the other: a worker may be behind a forward pass over long prompts."""
 
 
 class WeightsSender:
@@ -41,26 +42,31 @@ class WeightsSender:
         self._listener: socket.socket | None = None
         self._buckets: list[_Bucket] = []
 
-    def listen(self) -> str:
-        """-> the address to which readers connect."""
-        if self._listener is None:
-            self._listener = socket.socket(socket.AF_UNIX)
-            self._listener.bind(f"\0{self._name}")  # of no file, so that nothing is left behind
-            self._listener.listen()
-            self._listener.settimeout(1.0)
+    @property
+    def location(self) -> str:
+        """To which readers connect."""
         return self._name
+
+    def listen(self) -> None:
+        """Let readers connect; they wait until there is something to send."""
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(f"\0{self._name}")  # of no file, so that nothing is left behind
+        self._listener.listen()
+        self._listener.settimeout(1.0)
 
     def send(self, weights: Iterator[Named], check_interrupt: Callable[[], None]) -> None:
         """To every reader; returns when all have read all, or one hangs up, for which it has a reason to tell its engine.
 
-        `check_interrupt` raises when nobody waits for that any more.
+        `check_interrupt` raises when nobody waits for that any more. Whatever is raised, no reader is left waiting.
         """
         readers: list[Connection] = []
         try:
             while len(readers) < self._num_readers:
-                readers.append(self._accept(check_interrupt))
+                # All are told at once, so when one has come the others are not far.
+                deadline = time.monotonic() + PATIENCE if readers else math.inf
+                readers.append(self._accept(deadline, check_interrupt))
             with suppress(_HungUp):
-                self._send(readers, weights)
+                self._send(readers, weights, check_interrupt)
         finally:
             if len(readers) < self._num_readers:
                 self._stop_listening()  # or those who ask later would wait
@@ -80,25 +86,28 @@ class WeightsSender:
             self._listener.close()
             self._listener = None
 
-    def _accept(self, check_interrupt: Callable[[], None]) -> Connection:
+    def _accept(self, deadline: float, check_interrupt: Callable[[], None]) -> Connection:
         assert self._listener is not None, "listen first"
-        while True:
+        while time.monotonic() < deadline:
             check_interrupt()
             with suppress(TimeoutError):
                 accepted, _ = self._listener.accept()
                 accepted.setblocking(True)
                 return Connection(accepted.detach())
+        raise RefitError(
+            f"not all of {self._num_readers} ranks of engines asked for the weights within {PATIENCE:.0f} s"
+        )
 
-    def _send(self, readers: list[Connection], weights: Iterable[Named]) -> None:
+    def _send(self, readers: list[Connection], weights: Iterable[Named], check_interrupt: Callable[[], None]) -> None:
         number = 0
         for bucket in self._filled(weights):
             header = bucket.header()
             if number:
-                _wait(readers)  # so that the one before is free when this one is full
+                _wait(readers, check_interrupt)  # so that the one before is free when this one is full
             _tell(readers, header)
             number += 1
         if number:
-            _wait(readers)
+            _wait(readers, check_interrupt)
         _tell(readers, None)
 
     def _filled(self, weights: Iterable[Named]) -> Iterator[_Bucket]:
@@ -170,11 +179,14 @@ def _tell(readers: Iterable[Connection], header: dict[str, Any] | None) -> None:
         raise _HungUp from error
 
 
-def _wait(readers: Iterable[Connection]) -> None:
+def _wait(readers: Iterable[Connection], check_interrupt: Callable[[], None]) -> None:
+    deadline = time.monotonic() + PATIENCE
     try:
         for reader in readers:
-            if not reader.poll(PATIENCE):
-                raise RefitError(f"an engine did not read the weights that were sent to it within {PATIENCE:.0f} s")
+            while not reader.poll(1.0):
+                check_interrupt()
+                if time.monotonic() > deadline:
+                    raise RefitError(f"an engine did not read the weights that it was sent within {PATIENCE:.0f} s")
             reader.recv()
     except (EOFError, OSError) as error:
         raise _HungUp from error
@@ -196,30 +208,30 @@ class WeightsReader:
             return Connection(ours.detach())
 
     def read(self, stream: Connection) -> Iterator[Named]:
-        """Each tensor where the transport has it: done with before the next is asked for. Raises RefitError on any that is not as
-        it was sent."""
+        """Each tensor where the transport has it, and until the next is asked for: to keep one is to copy it. Raises RefitError
+        on any that is not as it was sent."""
         self.num_bytes = 0
-        with stream:
-            while (header := self._next(stream)) is not None:
-                flat = self._reader.read(header).to(self._device)
-                if digest(flat, header["manifest"]) != header["digest"]:
-                    raise RefitError(
-                        f"weights did not arrive as they were sent, in those from {header['manifest'][0][0]} on"
-                    )
-                start = 0
-                for name, shape in header["manifest"]:
-                    yield name, flat[start : start + math.prod(shape)].view(shape)
-                    start += math.prod(shape)
-                if flat.is_cuda:
-                    torch.cuda.synchronize(flat.device)
-                self.num_bytes += header["num_bytes"]
-                with suppress(OSError):  # who hung up is met at the next
-                    stream.send(None)
+        while (header := self._next(stream)) is not None:
+            yield from self._read(header)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self.num_bytes += header["num_bytes"]
+            with suppress(OSError):  # who hung up is met at the next
+                stream.send(None)
+
+    def _read(self, header: Mapping[str, Any]) -> Iterator[Named]:
+        flat = self._reader.read(header).to(self._device)
+        if digest(flat, header["manifest"]) != header["digest"]:
+            raise RefitError(f"weights did not arrive as they were sent, in those from {header['manifest'][0][0]} on")
+        start = 0
+        for name, shape in header["manifest"]:
+            yield name, flat[start : start + math.prod(shape)].view(shape)
+            start += math.prod(shape)
 
     def _next(self, stream: Connection) -> Mapping[str, Any] | None:
         try:
-            if not stream.poll(PATIENCE):
-                raise RefitError(f"the trainer sent no weights for {PATIENCE:.0f} s")
+            if not stream.poll(2 * PATIENCE):  # the trainer's side gives up first, and says why
+                raise RefitError(f"the trainer sent no weights for {2 * PATIENCE:.0f} s")
             header: Mapping[str, Any] | None = stream.recv()
         except (EOFError, OSError) as error:
             raise RefitError("the trainer hung up before all weights had come") from error

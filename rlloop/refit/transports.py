@@ -55,7 +55,7 @@ class _Packer:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if shapes != self._shapes or (flat.data_ptr(), flat.numel()) != (self._flat.data_ptr(), self._flat.numel()):
             self._arrange(shapes, flat)
-        place = [(each.data_ptr(), each.stride(), each.dtype) for each in tensors.values()]
+        place = [(name, each.data_ptr(), each.stride(), each.dtype) for name, each in tensors.items()]
         if (scale, place) != self._packed_from:
             self._packed_from, self._copy = (scale, place), Recorded(flat.device)
 
@@ -258,6 +258,8 @@ class Reader:
 
     def _map(self, handle: str) -> torch.Tensor:
         if handle not in self._mapped:
+            if len(self._mapped) > 1:  # of a stream there are two in turn; one that was replaced must be let go
+                del self._mapped[next(iter(self._mapped))]
             gpu, (rebuild, arguments) = pickle.loads(base64.b64decode(handle))
             self._mapped[handle] = rebuild(*arguments[:6], _gpu_index(gpu), *arguments[7:])
         return self._mapped[handle]

@@ -21,6 +21,8 @@ class Whole:
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         runner = worker.model_runner
+        if runner.device.type != "cpu":
+            check_plain(runner.get_model())
         self._device: torch.device = runner.device
         self._reader = WeightsReader(runner.device)
         self._stream: Connection | None = None
@@ -41,11 +43,12 @@ class Whole:
         """Load each as it comes, checked. Raises ValueError where some of the model's did not come, RefitError where one did not
         come as it was sent: what the engine holds is a mixture then."""
         assert self._stream is not None
-        weights = self._reader.read(self._stream)
-        if self._device.type == "cpu":  # whose kernels read weights that are packed after loading
-            self._worker.reload_weights(weights_iterator=weights)
-            return
-        load_in_place(self._worker.model_runner.get_model(), weights)
+        with self._stream:
+            weights = self._reader.read(self._stream)
+            if self._device.type == "cpu":  # whose kernels read weights that are packed when all of a layer's have come
+                self._worker.reload_weights(weights_iterator=((name, weight.clone()) for name, weight in weights))
+            else:
+                load_in_place(self._worker.model_runner.get_model(), weights)
 
     @property
     def num_bytes(self) -> int:
@@ -63,3 +66,12 @@ def load_in_place(model: Any, weights: Iterator[Named]) -> None:
         raise ValueError(
             f"{len(missing)} weights of the engine's model did not come, for example {sorted(missing)[:3]}"
         )
+
+
+def check_plain(model: torch.nn.Module) -> None:
+    """Raises ValueError for a model of whose weights vLLM computes others after loading, which would stay those of version 0."""
+    derived = {"MLAAttention", "FusedMoE", "RoutedExperts"}
+    for name, module in model.named_modules():
+        if found := derived.intersection(kind.__name__ for kind in type(module).__mro__):
+            kind = found.pop()
+            raise ValueError(f"{name} is of {kind}, whose weights vLLM rearranges: use --refit.form adapter or merged")

@@ -16,11 +16,10 @@ import torch
 
 from rlloop.engine import cpu_lora, vllm_compat
 from rlloop.engine.flights import HOPPING_ID
-from rlloop.recorded import Recorded
 from rlloop.refit.arrivals import Arrivals
 from rlloop.refit.digest import checksum, digest, spelled
 from rlloop.refit.merged import Merged
-from rlloop.refit.slots import Manifest, Slots, first_difference, split
+from rlloop.refit.slots import Manifest, Slot, Slots, first_difference, split
 from rlloop.refit.whole import Whole
 from rlloop.types import RefitForm
 
@@ -72,8 +71,6 @@ class _InSlots:
         """Of a slot, read back, flat; `_read_back` are its tensors."""
         self._read_back: list[torch.Tensor] = []
         self._read_back_as: Manifest = []
-        self._checks: dict[int, Recorded[torch.Tensor]] = {}
-        """By the id of what a slot holds."""
         self._parts: list[torch.Tensor] = []
         if lora_manager.device.type == "cpu":
             cpu_lora.install()
@@ -88,18 +85,17 @@ class _InSlots:
             flat = self._arrivals.take(ticket)
             transferred = self._arrivals.now()
             self._parts = self._slots.shares.of(flat)
-            held = self._slots.fill(version + 1, self._parts)
+            slot = self._slots.fill(version + 1, self._parts)
             loaded = self._arrivals.now()
             if self._slots.are_sharded:
                 # The slots hold a part of what was sent: that all of it came, and that they hold their part of that.
-                found, different = digest(flat, manifest), first_difference(manifest, self._parts, held)
+                found, different = digest(flat, manifest), first_difference(manifest, self._parts, slot.views)
             else:
                 if manifest != self._read_back_as:
                     self._contents, self._read_back_as = torch.empty_like(flat), manifest
                     self._read_back = split(self._contents, manifest)
-                    self._checks = {}
-                found = spelled(self._read(held), manifest)
-                different = None if found == ticket["digest"] else first_difference(manifest, self._parts, held)
+                found = spelled(self._read(slot), manifest)
+                different = None if found == ticket["digest"] else first_difference(manifest, self._parts, slot.views)
             return {
                 "digest": found,
                 "different": different,
@@ -108,14 +104,14 @@ class _InSlots:
                 "verify_seconds": time.monotonic() - loaded,
             }
 
-    def _read(self, held: list[torch.Tensor]) -> torch.Tensor:
+    def _read(self, slot: Slot) -> torch.Tensor:
         def read() -> torch.Tensor:
-            torch._foreach_copy_(self._read_back, held)
+            torch._foreach_copy_(self._read_back, slot.views)
             return checksum(self._contents)
 
-        return self._checks.setdefault(id(held), Recorded(self._contents.device))(read)
+        return slot.check(read)
 
     def swap(self) -> str | None:
         """Give requests that hop what was loaded last; on the stream of the forward passes, of which one may still read it."""
-        held = self._slots.fill(HOPPING_ID, self._parts)
-        return first_difference(self._slots.manifest, self._parts, held)
+        slot = self._slots.fill(HOPPING_ID, self._parts)
+        return first_difference(self._slots.manifest, self._parts, slot.views)

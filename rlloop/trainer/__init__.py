@@ -73,8 +73,13 @@ class AdapterWriter(Protocol):
 class WeightsWriter(Protocol):
     """How whole weights leave the trainer's process. Lives in the rank; made by the caller, pickled to it."""
 
-    def listen(self) -> str:
-        """-> the address at which engines can ask for them."""
+    @property
+    def location(self) -> str:
+        """Where engines can ask for them."""
+        ...
+
+    def listen(self) -> None:
+        """From here on they can."""
         ...
 
     def send(self, weights: Iterator[tuple[str, torch.Tensor]], check_interrupt: Callable[[], None]) -> None:
@@ -125,7 +130,10 @@ class Trainer(Protocol):
         ...
 
     def sending_weights(self, name: str) -> AbstractAsyncContextManager[WeightsTicket]:
-        """While the block runs, the weights with the adapter merged into them are handed to engines; at its end all have them."""
+        """While the block runs, the weights with the adapter merged into them are handed to engines; at its end all have them.
+
+        What the trainer raises goes before what the block raises, for that is a consequence.
+        """
         ...
 
     async def save(self, name: str, folder: Path) -> None:

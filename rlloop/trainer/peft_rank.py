@@ -66,6 +66,8 @@ class PeftRank:
         self._temperature = arguments.temperature
         self._writer = arguments.writer
         self._sender = arguments.sender
+        if self._sender is not None:
+            self._sender.listen()
         self._folder = arguments.model
         self._skipped = SkippedSteps(settings.max_nonfinite_steps)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -199,11 +201,6 @@ class PeftRank:
         adapter = self._get(name, "policy")
         tensors = {key: parameter.detach() for key, parameter in adapter.parameters.items()}
         return self._writer.write(tensors, adapter.lora.alpha / adapter.lora.rank)
-
-    def listen(self) -> str:
-        """For engines that ask for weights."""
-        assert self._sender is not None
-        return self._sender.listen()
 
     def send_weights(self, name: str) -> None:
         """To all who ask."""

@@ -13,10 +13,11 @@ from typing import ClassVar, TypeVar
 from anyio import create_task_group
 
 from rlloop.config import TrainerSettings
+from rlloop.errors import RlloopError
 from rlloop.events import Events
 from rlloop.trainer import AdapterWriter, Head, Loss, WeightsWriter
 from rlloop.trainer.flat import Flat
-from rlloop.trainer.ranks import Ranks, RankSpec
+from rlloop.trainer.ranks import Interrupted, Ranks, RankSpec
 from rlloop.types import (
     AdamConfig,
     AdapterTicket,
@@ -73,6 +74,7 @@ class RankTrainer(ABC):
     ) -> None:
         arguments = RankArguments(model, dtype, settings, temperature, writer, sender, seed)
         self._events = events or Events(None)
+        self._sender = sender
         specs = self._specs(arguments, cores, log_path)
         self._ranks = Ranks([replace(spec, visible_gpus=visible_gpus) for spec in specs])
 
@@ -129,15 +131,37 @@ class RankTrainer(ABC):
 
     @asynccontextmanager
     async def sending_weights(self, name: str) -> AsyncIterator[WeightsTicket]:
-        """While the block runs, the weights with the adapter merged into them are handed to engines; at its end all have them."""
-        with self._events.span("send_weights", "trainer"):
-            location = await self._ranks.call("listen")
+        """While the block runs, the weights with the adapter merged into them are handed to engines; at its end all have them.
+
+        What the trainer raises goes before what the block raises, for that is a consequence.
+        """
+        assert self._sender is not None
+        errors: list[Exception] = []
+        has_begun = False
+
+        async def send() -> None:
+            nonlocal has_begun
+            has_begun = True
             try:
-                async with create_task_group() as tasks:
-                    tasks.start_soon(self._ranks.call, "send_weights", name)
-                    yield WeightsTicket(location)
-            except ExceptionGroup as group:
-                raise group.exceptions[0] from None
+                await self._ranks.call("send_weights", name)
+            except Interrupted:
+                assert errors  # of the block
+            except RlloopError as error:  # the engine's side hears of it, and the block ends
+                errors.insert(0, error)
+
+        with self._events.span("send_weights", "trainer"):
+            async with create_task_group() as tasks:
+                tasks.start_soon(send)
+                try:
+                    yield WeightsTicket(self._sender.location)
+                except Exception as error:
+                    errors.append(error)
+                    if has_begun:
+                        self._ranks.interrupt()  # and wait for what it says
+                    else:
+                        tasks.cancel_scope.cancel()
+        if errors:
+            raise errors[0]
 
     async def save(self, name: str, folder: Path) -> None:
         """Write `adapter/` and `state/` into the folder. A forward_backward that is running raises Interrupted."""

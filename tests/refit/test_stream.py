@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from rlloop.errors import RefitError
 from rlloop.refit.stream import WeightsReader, WeightsSender
 from rlloop.refit.transports import SHARED_MEMORY
-from rlloop.refit.whole import load_in_place
+from rlloop.refit.whole import Whole, load_in_place
 from rlloop.trainer.ranks import Interrupted
 
 SIZES = [(3, 5), (7,), (64, 9), (1,), (2, 3, 4), (8, 8), (100,), (5,)]
@@ -51,11 +52,12 @@ def never() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_reader_gets_every_weight(name: str, threads: ThreadPoolExecutor, bucket_bytes: int, dtype: str) -> None:
     sender = WeightsSender("memory", dtype, name, 2, bucket_bytes=bucket_bytes)
+    sender.listen()
     readers = [WeightsReader(torch.device("cpu")) for _ in range(2)]
     for seed in range(3):  # buckets are used again
-        weights, address = make_weights(seed), sender.listen()
+        weights = make_weights(seed)
         sent = threads.submit(sender.send, iter(weights.items()), never)
-        for found in threads.map(lambda reader, address=address: read(reader, address), readers):  # type: ignore[misc]
+        for found in threads.map(lambda reader: read(reader, name), readers):
             assert list(found) == list(weights)
             for key, weight in weights.items():
                 assert found[key].equal(weight.to(getattr(torch, dtype)))
@@ -73,10 +75,10 @@ def test_one_bucket_is_filled_while_another_is_read(name: str, threads: ThreadPo
         yield from (("a", torch.ones(2)), ("b", torch.ones(3)))
         taken.set_result(None)
 
-    address = sender.listen()
+    sender.listen()
     sent = threads.submit(sender.send, weights(), never)
     reader = WeightsReader(torch.device("cpu"))
-    stream = reader.read(reader.connect(address))
+    stream = reader.read(reader.connect(name))
     assert next(stream)[0] == "a"
     taken.result(timeout=10)  # before "a" was read
     assert [key for key, _ in stream] == ["b"]
@@ -87,24 +89,19 @@ def test_one_bucket_is_filled_while_another_is_read(name: str, threads: ThreadPo
 def test_a_reader_that_hangs_up_ends_it_and_all_are_made(name: str, threads: ThreadPoolExecutor) -> None:
     """Which other ranks of the trainer rely on."""
     sender = WeightsSender("memory", "float32", name, 1, bucket_bytes=4)
-    address, weights = sender.listen(), iter(make_weights().items())
+    sender.listen()
+    weights = iter(make_weights().items())
     sent = threads.submit(sender.send, weights, never)
     reader = WeightsReader(torch.device("cpu"))
-    stream = reader.read(reader.connect(address))
-    next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    connection = reader.connect(name)
+    next(reader.read(connection))
+    connection.close()
     sent.result(timeout=10)
     assert next(weights, None) is None
-    assert list(read_after(sender, reader, threads)) == list(make_weights())
-    sender.close()
-
-
-def read_after(sender: WeightsSender, reader: WeightsReader, threads: ThreadPoolExecutor) -> Weights:
-    address = sender.listen()
     sent = threads.submit(sender.send, iter(make_weights().items()), never)
-    found = read(reader, address)
+    assert list(read(reader, name)) == list(make_weights())
     sent.result()
-    return found
+    sender.close()
 
 
 def test_a_sender_that_hangs_up_is_an_error(name: str, threads: ThreadPoolExecutor) -> None:
@@ -114,10 +111,10 @@ def test_a_sender_that_hangs_up_is_an_error(name: str, threads: ThreadPoolExecut
         yield from make_weights().items()
         raise ZeroDivisionError
 
-    address = sender.listen()
+    sender.listen()
     sent = threads.submit(sender.send, weights(), never)
     with pytest.raises(RefitError, match="hung up before all weights had come"):
-        read(WeightsReader(torch.device("cpu")), address)
+        read(WeightsReader(torch.device("cpu")), name)
     with pytest.raises(ZeroDivisionError):
         sent.result()
     sender.close()
@@ -135,6 +132,47 @@ def test_a_sender_whom_nobody_asks_can_be_interrupted(name: str) -> None:
     assert next(weights, None) is None
     with pytest.raises(OSError, match="refused"):
         WeightsReader(torch.device("cpu")).connect(name)
+    sender.close()
+
+
+def test_a_reader_without_the_others_is_not_left_waiting(
+    name: str, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlloop.refit.stream.PATIENCE", 1.5)
+    sender = WeightsSender("memory", "float32", name, 2)
+    sender.listen()
+    weights = iter(make_weights().items())
+    sent = threads.submit(sender.send, weights, never)
+    with pytest.raises(RefitError, match="hung up"):
+        read(WeightsReader(torch.device("cpu")), name)
+    with pytest.raises(RefitError, match="not all of 2 ranks of engines asked"):
+        sent.result()
+    assert next(weights, None) is None
+    sender.close()
+
+
+class FakeWorker:
+    """That loads as vLLM does on a CPU: when all of a layer's weights have come, from what it has kept of them."""
+
+    def __init__(self) -> None:
+        self.model_runner = SimpleNamespace(device=torch.device("cpu"))
+        self.kept: Weights = {}
+
+    def reload_weights(self, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self.kept = dict(weights_iterator)
+
+
+def test_a_loader_may_keep_weights_while_buckets_are_used_again(name: str, threads: ThreadPoolExecutor) -> None:
+    sender, worker = WeightsSender("memory", "float32", name, 1, bucket_bytes=4), FakeWorker()
+    sender.listen()
+    sent = threads.submit(sender.send, iter(make_weights().items()), never)
+    whole = Whole(worker)
+    whole.load(3, {"location": name, "digest": ""})
+    whole.swap()
+    sent.result()
+    assert worker.kept.keys() == make_weights().keys()
+    for key, weight in make_weights().items():
+        assert worker.kept[key].equal(weight)
     sender.close()
 
 

@@ -39,6 +39,8 @@ class MegatronRank:
         self._settings = settings = arguments.settings
         self._writer = arguments.writer
         self._sender = arguments.sender
+        if self._sender is not None and context.rank == 0:
+            self._sender.listen()
         self._folder = arguments.model
         self._dtype: torch.dtype = getattr(torch, arguments.dtype)
         parallel = settings.megatron
@@ -159,11 +161,6 @@ class MegatronRank:
                     merged *= (magnitude / merged.norm(dim=1))[:, None]
                 weight = merged.to(weight.dtype)
             yield hf_name, weight
-
-    def listen(self) -> str | None:
-        """For engines that ask for weights."""
-        assert self._sender is not None
-        return self._sender.listen() if self._groups.rank == 0 else None
 
     def send_weights(self, name: str) -> None:
         """To all who ask."""
