@@ -14,6 +14,7 @@ from anyio.abc import TaskStatus
 from rlloop.engine.flights import Flights, Swap, continued, joined
 from rlloop.engine.vllm import _completion
 from rlloop.engine.vllm_compat import num_sampled_tokens
+from rlloop.errors import EngineError
 from rlloop.types import Completion, GenerationRequest, InFlight
 
 pytestmark = pytest.mark.anyio
@@ -48,7 +49,8 @@ def test_a_request_that_the_engine_does_not_know_at_a_swap_has_not_begun_or_coun
 
 def test_a_hop_before_the_first_token_is_none() -> None:
     flights = Flights()
-    output = SimpleNamespace(token_ids=[7, 8], logprobs=None, finish_reason="length")
+    logprobs = SimpleNamespace(logprobs=[-0.5, -0.25])
+    output = SimpleNamespace(token_ids=[7, 8], logprobs=logprobs, finish_reason="length")
     with flights.start(3, "hop") as flight:
         flights.swap(Swap(4, 10.0, {}), moves_all=False)
     whole = _completion(output, flight, first_token_at=11.0)
@@ -57,6 +59,8 @@ def test_a_hop_before_the_first_token_is_none() -> None:
     mixed = _completion(output, flight, first_token_at=11.0)
     assert mixed.token_versions is not None
     assert (mixed.policy_version, mixed.token_versions.tolist()) == (4, [4, 5])
+    with pytest.raises(EngineError, match="2 tokens with 0 logprobs"):
+        _completion(SimpleNamespace(token_ids=[7, 8], logprobs=None, finish_reason="length"), flight, 0.0)
     nothing = _completion(SimpleNamespace(token_ids=[], logprobs=None, finish_reason="abort"), flight, 0.0)
     assert (nothing.policy_version, nothing.token_versions, len(nothing.logprobs)) == (3, None, 0)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,8 +77,9 @@ class RlloopProcess:
         me = psutil.Process(self.popen.pid)
         self.processes = [me, *me.children(recursive=True)]
         for process in self.processes:
-            maps = Path(f"/proc/{process.pid}/maps").read_text()
-            self.segments |= {Path(path) for path in re.findall(r"(/dev/shm/\S+)", maps)}
+            with suppress(FileNotFoundError):  # it has ended
+                maps = Path(f"/proc/{process.pid}/maps").read_text()
+                self.segments |= {Path(path) for path in re.findall(r"(/dev/shm/\S+)", maps)}
 
     def find(self, title: str) -> psutil.Process:
         """The one process of the run whose command line has this in it."""
