@@ -74,9 +74,7 @@ async def measure_model(
     """Three engines of one model, in turns."""
     settings.run_dir.mkdir(exist_ok=True)
     placement, dtype = place(settings), resolve_dtype(settings)
-    engine_settings = EngineSettings(
-        max_model_len=PROMPT_TOKENS + NUM_TOKENS, max_num_seqs=max(options.requests), kv_cache_gib=options.kv_cache_gib
-    )
+    engine_settings = settings_for(options)
     writer = MemoryWriter(dtype, f"{shared_memory_prefix(marker)}decode")
     adapter = random_adapter(model, options.rank)
     nothing = {name: torch.zeros_like(each) if ".lora_B." in name else each for name, each in adapter.items()}
@@ -101,6 +99,13 @@ async def measure_model(
         for number in options.requests:
             rows.append(await engines.measure(number, options.rounds))
         del engines, offline
+
+
+def settings_for(options: argparse.Namespace) -> EngineSettings:
+    """Of an engine with room for the requests."""
+    return EngineSettings(
+        max_model_len=PROMPT_TOKENS + NUM_TOKENS, max_num_seqs=max(options.requests), kv_cache_gib=options.kv_cache_gib
+    )
 
 
 @dataclass

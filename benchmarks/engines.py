@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from _report import Cell, Report
-from decode import NUM_TOKENS, PROMPT_TOKENS, decode, prompts, random_adapter
+from decode import NUM_TOKENS, PROMPT_TOKENS, decode, prompts, random_adapter, settings_for
 from refit import make_model
 from trainer import SHAPES
 
-from rlloop.config import EngineSettings, PlacementSettings, RunSettings
+from rlloop.config import PlacementSettings, RunSettings
 from rlloop.engine import Engine
 from rlloop.engine.replicas import Replicas
 from rlloop.engine.vllm import start_vllm
@@ -69,12 +69,7 @@ async def measure_model(
     settings.run_dir.mkdir(exist_ok=True)
     dtype = resolve_dtype(settings)
     counts = [count for count in (1, 2, 4) if count <= (len(visible_gpus()) if CUDA else 2)]
-    engine_settings = EngineSettings(
-        max_model_len=PROMPT_TOKENS + NUM_TOKENS,
-        max_num_seqs=max(options.requests),
-        kv_cache_gib=options.kv_cache_gib,
-    )
-    start = partial(start_vllm, str(model), engine_settings, dtype=dtype, lora_rank=RANK, num_versions=2)
+    start = partial(start_vllm, str(model), settings_for(options), dtype=dtype, lora_rank=RANK, num_versions=2)
     writer = MemoryWriter(dtype, f"{shared_memory_prefix(marker)}engines")
     ticket = writer.write(random_adapter(model, RANK), 1.0)
     meter = Meter(ticket, options.requests, options.rounds)

@@ -37,7 +37,7 @@ from rlloop.config import EngineSettings, RunSettings, TrainerSettings
 from rlloop.engine.vllm import VllmEngine, start_vllm
 from rlloop.losses import policy_loss
 from rlloop.models import resolve_model
-from rlloop.placement import place, resolve_dtype, visible_gpus
+from rlloop.placement import place, resolve_dtype
 from rlloop.processes import shared_memory_prefix
 from rlloop.refit.stream import WeightsSender
 from rlloop.refit.transports import Writer, make_writer
@@ -180,7 +180,7 @@ async def measure_case(
                 ),
                 sender=WeightsSender(TRANSPORTS[0], dtype, f"{segment}-full", 1),
                 cores=placement.trainer_cores,
-                visible_gpus=",".join(visible_gpus()[gpu] for gpu in placement.trainer_gpus) or None,
+                visible_gpus=placement.trainer_devices,
                 log_path=settings.run_dir / "trainer.log",
             )
         )

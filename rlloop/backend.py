@@ -23,7 +23,7 @@ from rlloop.engine.replicas import Replicas
 from rlloop.errors import ConfigError
 from rlloop.events import Events
 from rlloop.models import resolve_model
-from rlloop.placement import Placement, place, visible_gpus
+from rlloop.placement import Placement, place
 from rlloop.processes import shared_memory_prefix
 from rlloop.trainer import Trainer
 
@@ -93,7 +93,7 @@ async def open_trainer(
         writer=writer,
         sender=sender,
         cores=placement.trainer_cores,
-        visible_gpus=",".join(visible_gpus()[gpu] for gpu in placement.trainer_gpus) or None,
+        visible_gpus=placement.trainer_devices,
         log_path=folder / "logs" / "trainer.log",
         events=events,
     )

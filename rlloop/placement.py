@@ -53,6 +53,11 @@ class Placement:
         where = f"{engines} on {_gpus(self.engine_gpus)}, the trainer on {_gpus(self.trainer_gpus)}"
         return f"in {self.dtype}, {where}" + (f" ({self.reason})" if self.reason else "")
 
+    @property
+    def trainer_devices(self) -> str | None:
+        """The trainer's GPUs, as CUDA_VISIBLE_DEVICES names them; None on a CPU."""
+        return ",".join(visible_gpus()[gpu] for gpu in self.trainer_gpus) or None
+
     def gpus_of(self, replica: int) -> tuple[int, ...]:
         """One engine's."""
         return self.engine_gpus[replica * self.tensor_parallel :][: self.tensor_parallel]

@@ -227,7 +227,7 @@ def test_each_engine_gets_gpus_of_its_own(replicas: int, tmp_path: Path, monkeyp
         assert arguments["visible_gpus"] == "c,d"
         yield FakeTrainer()
 
-    monkeypatch.setattr("rlloop.backend.visible_gpus", lambda: list("abcd"))
+    monkeypatch.setattr("rlloop.placement.visible_gpus", lambda: list("abcd"))
     monkeypatch.setattr("rlloop.backend.load_tokenizer", lambda model: None)
     monkeypatch.setattr("rlloop.engine.vllm.start_vllm", start)
     monkeypatch.setattr("rlloop.trainer.kinds.trainer_class", lambda kind: trainer)

@@ -16,6 +16,7 @@ import torch
 from rlloop.engine import vllm_compat
 from rlloop.engine.flights import HOPPING_ID
 from rlloop.recorded import Recorded
+from rlloop.refit.transports import split
 
 Manifest = Sequence[tuple[str, Sequence[int]]]
 """PEFT's name and the shape of each tensor, as an AdapterTicket has it."""
@@ -106,12 +107,6 @@ def find_places(layers: Layers, model: Any, names: Sequence[str]) -> list[Place]
     if halves := {m for m, is_a in found if is_a} ^ {m for m, is_a in found if not is_a}:
         raise ValueError(f"{len(halves)} modules came with only one of A and B, for example {sorted(halves)[:3]}")
     return [(*layers[module], is_a) for module, is_a in found]
-
-
-def split(flat: torch.Tensor, manifest: Manifest) -> list[torch.Tensor]:
-    """Views of the flat tensor, in the manifest's order."""
-    sizes = [rows * columns for _, (rows, columns) in manifest]
-    return [piece.view(*shape) for piece, (_, shape) in zip(flat.split(sizes), manifest, strict=True)]
 
 
 class Shares:

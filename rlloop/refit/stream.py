@@ -20,7 +20,7 @@ import torch
 
 from rlloop.errors import RefitError
 from rlloop.refit.digest import digest
-from rlloop.refit.transports import Reader, Shared, make_shared
+from rlloop.refit.transports import Reader, Shared, make_shared, split
 from rlloop.types import Transport
 
 Named = tuple[str, torch.Tensor]
@@ -223,10 +223,8 @@ class WeightsReader:
         flat = self._reader.read(header).to(self._device)
         if digest(flat, header["manifest"]) != header["digest"]:
             raise RefitError(f"weights did not arrive as they were sent, in those from {header['manifest'][0][0]} on")
-        start = 0
-        for name, shape in header["manifest"]:
-            yield name, flat[start : start + math.prod(shape)].view(shape)
-            start += math.prod(shape)
+        names = [name for name, _ in header["manifest"]]
+        yield from zip(names, split(flat, header["manifest"]), strict=True)
 
     def _next(self, stream: Connection) -> Mapping[str, Any] | None:
         try:

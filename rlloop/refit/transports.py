@@ -8,11 +8,12 @@ read before the next one is written.
 from __future__ import annotations
 
 import base64
+import math
 import mmap
 import os
 import pickle
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 Manifest = tuple[tuple[str, tuple[int, int]], ...]
+
+
+def split(flat: torch.Tensor, manifest: Sequence[tuple[str, Sequence[int]]]) -> list[torch.Tensor]:
+    """Views of the flat tensor, in the manifest's order."""
+    sizes = [math.prod(shape) for _, shape in manifest]
+    return [piece.view(*shape) for piece, (_, shape) in zip(flat.split(sizes), manifest, strict=True)]
 
 
 class _Packer:
@@ -71,8 +78,8 @@ class _Packer:
         if others := [name for name in shapes if ".lora_A." not in name and ".lora_B." not in name]:
             raise RefitError(f"an engine's adapter slots hold A and B only, got {others[0]} (of DoRA)")
         self._manifest = tuple((name, (shapes[name][0], shapes[name][1])) for name in sorted(shapes))
-        pieces = flat.split([rows * columns for _, (rows, columns) in self._manifest])
-        places = {name: piece.view(shape) for (name, shape), piece in zip(self._manifest, pieces, strict=True)}
+        names = [name for name, _ in self._manifest]
+        places = dict(zip(names, split(flat, self._manifest), strict=True))
         self._downs = [name for name in places if ".lora_A." in name]
         self._ups = [name for name in places if ".lora_B." in name]
         self._places = [places[name] for name in (*self._downs, *self._ups)]
@@ -142,7 +149,7 @@ Shared = GpuMemory | HostMemory
 
 
 def make_shared(transport: Transport, dtype: str, name: str) -> Shared:
-    """Memory that another process can read; `name` is that of a segment. A transport that has none gets one, too."""
+    """Memory that another process can read; `name` is that of a segment."""
     return GpuMemory(dtype) if transport == "cuda_ipc" else HostMemory(dtype, name)
 
 

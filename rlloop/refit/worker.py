@@ -19,7 +19,8 @@ from rlloop.engine.flights import HOPPING_ID
 from rlloop.refit.arrivals import Arrivals
 from rlloop.refit.digest import checksum, digest, spelled
 from rlloop.refit.merged import Merged
-from rlloop.refit.slots import Manifest, Slot, Slots, first_difference, split
+from rlloop.refit.slots import Manifest, Slot, Slots, first_difference
+from rlloop.refit.transports import split
 from rlloop.refit.whole import Whole
 from rlloop.types import RefitForm
 

@@ -100,3 +100,15 @@ def read_adapter(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]])
         return weights, {}
     torch.set_rng_state(load_file(folder / "state" / "rng.safetensors")["torch"])
     return weights, load_file(folder / "state" / "optimizer.safetensors")
+
+
+def merged(name: str, weight: Tensor, adapter: Mapping[str, Tensor], lora: LoraConfig) -> Tensor:
+    """A base weight of that Hugging Face name with the adapter, by PEFT's names, in it: W + s B A, with DoRA's magnitudes; in W's
+    dtype, added up in fp32. W itself where the adapter has nothing for it."""
+    prefix = f"base_model.model.{name.removesuffix('.weight')}"
+    if (a := adapter.get(f"{prefix}.lora_A.weight")) is None:
+        return weight
+    whole = torch.addmm(weight.float(), adapter[f"{prefix}.lora_B.weight"], a, alpha=lora.alpha / lora.rank)
+    if (magnitude := adapter.get(f"{prefix}.lora_magnitude_vector")) is not None:
+        whole *= (magnitude / whole.norm(dim=1))[:, None]
+    return whole.to(weight.dtype)

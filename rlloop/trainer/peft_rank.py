@@ -23,6 +23,7 @@ from rlloop.trainer.adapter_files import (
     VALUE_HEAD,
     check_lora,
     initial_a,
+    merged,
     peft_config,
     read_adapter,
     write_adapter,
@@ -211,18 +212,10 @@ class PeftRank:
     def _weights(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """The model's, the adapter merged into them, W + s B A, by Hugging Face names."""
         adapter = self._get(name, "policy")
-        scale = adapter.lora.alpha / adapter.lora.rank
         for key, weight in self._base.named_parameters():
-            if ".lora_" in key:
-                continue
-            hf_name = key.replace(".base_layer.", ".")
-            module = f"base_model.model.{hf_name.removesuffix('.weight')}"
-            if (a := adapter.parameters.get(f"{module}.lora_A.weight")) is not None:
-                merged = torch.addmm(weight.float(), adapter.parameters[f"{module}.lora_B.weight"], a, alpha=scale)
-                if (magnitude := adapter.parameters.get(f"{module}.lora_magnitude_vector")) is not None:
-                    merged *= (magnitude / merged.norm(dim=1))[:, None]
-                weight = merged
-            yield hf_name, weight
+            if ".lora_" not in key:
+                hf_name = key.replace(".base_layer.", ".")
+                yield hf_name, merged(hf_name, weight, adapter.parameters, adapter.lora)
 
     def save(self, name: str, folder: Path) -> None:
         """What `peft.PeftModel.from_pretrained` reads, and the optimizer's and torch's state, as safetensors."""

@@ -209,6 +209,7 @@ def test_in_place_each_rank_gets_what_the_loader_would_give_it(
 def test_in_place_another_size_or_dtype_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with layers_of(monkeypatch, 0, 1):
         layer = Layer()
+    layer.mlp.down_proj.weight.data.normal_()  # vLLM leaves it as the memory was, in which a NaN equals nothing
     name = PREFIX + "mlp.down_proj.lora_{}.weight"
     right = [4, FEATURES], [HIDDEN, 4]
     for a, b, dtype in (

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlloop.batching import Microbatch, pack
 from rlloop.errors import TrainerError
 from rlloop.trainer import Head, Loss, TokenBatch
-from rlloop.trainer.adapter_files import check_lora, peft_config, read_adapter, write_adapter
+from rlloop.trainer.adapter_files import check_lora, merged, peft_config, read_adapter, write_adapter
 from rlloop.trainer.megatron.adapter import Adapter
 from rlloop.trainer.megatron.graph import wants_graphs
 from rlloop.trainer.megatron.model import build_model
@@ -151,16 +151,9 @@ class MegatronRank:
             self._activate(None)
             for adaptable in self._model.layers:
                 adaptable.layer.move_back()
-        scale, lora = adapter.lora.alpha / adapter.lora.rank, adapter.export()
+        exported = adapter.export()
         for hf_name, weight in self._model.export():
-            prefix = f"base_model.model.{hf_name.removesuffix('.weight')}"
-            if (a := lora.get(f"{prefix}.lora_A.weight")) is not None:
-                b = lora[f"{prefix}.lora_B.weight"]
-                merged = torch.addmm(weight.float(), b, a, alpha=scale)
-                if (magnitude := lora.get(f"{prefix}.lora_magnitude_vector")) is not None:
-                    merged *= (magnitude / merged.norm(dim=1))[:, None]
-                weight = merged.to(weight.dtype)
-            yield hf_name, weight
+            yield hf_name, merged(hf_name, weight, exported, adapter.lora)
 
     def send_weights(self, name: str) -> None:
         """To all who ask."""
