@@ -91,6 +91,21 @@ def kill_marked(marker: str, grace: float = 0.0) -> set[int]:
 
 
 @contextlib.contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """These variables are set in the block, for what is started in it to inherit, and are then as they were before."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
 def blocked_signals(*signals: signal.Signals) -> Iterator[None]:
     """Block signals in this thread; what it starts in the block inherits that, and keeps it.
 

@@ -20,7 +20,7 @@ from rlloop.engine.flights import HOPPING, HOPPING_ID, Flight, Flights, Swap, co
 from rlloop.engine.scheduler import LOGPROBS_AT_THE_END, SCHEDULER
 from rlloop.errors import EngineError, RefitError
 from rlloop.models import weight_bytes
-from rlloop.processes import blocked_signals
+from rlloop.processes import blocked_signals, environment
 from rlloop.types import Completion, EngineStatistics, GenerationRequest, RefitForm, RefitReport, Ticket
 
 WORKER_EXTENSION = "rlloop.refit.worker.LoraRefit"
@@ -325,7 +325,7 @@ async def start_vllm(
 
     def create() -> Any:
         # Ctrl-C goes to the whole process group; the engine must outlive it, since it is the loop that stops the run.
-        with blocked_signals(signal.SIGINT):
+        with blocked_signals(signal.SIGINT), environment(**vllm_arguments.gpu_order(gpus)):
             from vllm import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -340,7 +340,7 @@ async def start_vllm(
                 use_tqdm_on_load=False,
                 tensor_parallel_size=tensor_parallel,
                 **(vllm_arguments.slots(num_versions + serves_hops, lora_rank) if form == "adapter" else {}),
-                **vllm_arguments.device_arguments(settings, cores, gpus, kept),
+                **vllm_arguments.device_arguments(settings, cores, kept),
             )
             if abandoned.is_set():  # while vLLM was imported, which takes seconds
                 return None

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlloop.config import EngineSettings
 from rlloop.errors import ConfigError
-from rlloop.placement import divide, gpu_bytes
+from rlloop.placement import divide, gpu_bytes, visible_gpus
 
 
 def slots(number: int, lora_rank: int) -> dict[str, Any]:
@@ -24,9 +24,9 @@ def slots(number: int, lora_rank: int) -> dict[str, Any]:
 
 
 def device_arguments(
-    settings: EngineSettings, cores: frozenset[int] | None, gpus: Sequence[int], kept_bytes: int
+    settings: EngineSettings, cores: frozenset[int] | None, kept_bytes: int
 ) -> dict[str, Any]:
-    """Where it computes, and the memory it may take; `kept_bytes` of each GPU's are for W0, beside the weights that are merged.
+    """How it computes, and the memory it may take; `kept_bytes` of each GPU's are for W0, beside the weights that are merged.
 
     Raises ConfigError when nothing is left.
     """
@@ -43,8 +43,7 @@ def device_arguments(
                     f"more than --engine.gpu-memory-utilization {settings.gpu_memory_utilization} allows: raise it, or set "
                     "--placement.tensor-parallel"
                 )
-        # Rather than CUDA_VISIBLE_DEVICES: the engine must see the trainer's GPU, whose memory it maps.
-        return {**memory, "enforce_eager": settings.enforce_eager, "device_ids": list(gpus) or None}
+        return {**memory, "enforce_eager": settings.enforce_eager}
     return {
         "enforce_eager": True,
         "block_size": 32,  # small, for only whole blocks are shared between prompts
@@ -52,6 +51,15 @@ def device_arguments(
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(4096, settings.max_model_len),
     }
+
+
+def gpu_order(gpus: Sequence[int]) -> dict[str, str]:
+    """The environment in which vLLM's first GPUs are `gpus` of those that this process sees. It sees the others too, for it maps
+    the memory of the trainer's. Not its `device_ids`: code that was compiled for the first GPU is in its cache, and fails on others.
+    """
+    visible = visible_gpus()
+    order = [*gpus, *(gpu for gpu in range(len(visible)) if gpu not in gpus)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[gpu] for gpu in order)} if visible else {}
 
 
 def set_environment(

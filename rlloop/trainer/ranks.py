@@ -15,8 +15,8 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -29,7 +29,7 @@ import anyio
 import anyio.to_thread
 
 from rlloop.errors import RankDied, RlloopError, TrainerError
-from rlloop.processes import blocked_signals
+from rlloop.processes import blocked_signals, environment
 
 _SPAWN = multiprocessing.get_context("spawn")
 _FITS_INTO_PIPE = 2**15
@@ -108,7 +108,7 @@ class Ranks:
             ours, theirs = _SPAWN.Pipe()
             context = RankContext(rank, len(self._specs), self._last_interrupted)
             process = _SPAWN.Process(target=_run, args=(theirs, spec, context), name=f"trainer-{rank}", daemon=True)
-            with blocked_signals(signal.SIGINT, signal.SIGTERM), _environment(spec):
+            with blocked_signals(signal.SIGINT, signal.SIGTERM), environment(**_environment(spec)):
                 process.start()
             theirs.close()
             self._ranks.append(_Rank(process, ours))
@@ -242,8 +242,7 @@ def _death(index: int, exit_code: int | None, log_path: Path | None) -> RankDied
     return RankDied(f"trainer rank {index} {how}" + (f"; its output is in {log_path}" if log_path else ""))
 
 
-@contextmanager
-def _environment(spec: RankSpec) -> Iterator[None]:
+def _environment(spec: RankSpec) -> dict[str, str]:
     """What OpenMP and CUDA read when a spawned process loads them, which may be before any of our code runs there."""
     wanted = {}
     if spec.cores is not None:
@@ -251,16 +250,7 @@ def _environment(spec: RankSpec) -> Iterator[None]:
         wanted = {"OMP_NUM_THREADS": str(len(spec.cores)), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
     if spec.visible_gpus is not None:
         wanted["CUDA_VISIBLE_DEVICES"] = spec.visible_gpus
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    return wanted
 
 
 def _run(pipe: Connection, spec: RankSpec, context: RankContext) -> None:

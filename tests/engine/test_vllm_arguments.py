@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlloop.config import EngineSettings
-from rlloop.engine.vllm_arguments import device_arguments
+from rlloop.engine.vllm_arguments import device_arguments, gpu_order
 from rlloop.errors import ConfigError
 
 
@@ -16,17 +16,24 @@ def gpu_of_100_gb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_vllm_gets_less_where_base_weights_are_kept_beside_the_merged_ones() -> None:
     settings = EngineSettings(gpu_memory_utilization=0.5)
-    assert device_arguments(settings, None, (1,), 0)["gpu_memory_utilization"] == 0.5
-    arguments = device_arguments(settings, None, (1,), 20 * 10**9)
+    assert device_arguments(settings, None, 0)["gpu_memory_utilization"] == 0.5
+    arguments = device_arguments(settings, None, 20 * 10**9)
     assert arguments["gpu_memory_utilization"] == pytest.approx(0.3)
-    assert arguments["device_ids"] == [1]
 
 
 def test_where_they_leave_nothing_that_is_said() -> None:
     with pytest.raises(ConfigError, match=r"keeps 50.0 GB .* --engine.gpu-memory-utilization 0.5 allows"):
-        device_arguments(EngineSettings(gpu_memory_utilization=0.5), None, (), 50 * 10**9)
+        device_arguments(EngineSettings(gpu_memory_utilization=0.5), None, 50 * 10**9)
 
 
 def test_a_given_kv_cache_is_what_vllm_gets() -> None:
-    arguments = device_arguments(EngineSettings(kv_cache_gib=8), None, (), 99 * 10**9)
-    assert (arguments["kv_cache_memory_bytes"], arguments["device_ids"]) == (8 << 30, None)
+    arguments = device_arguments(EngineSettings(kv_cache_gib=8), None, 99 * 10**9)
+    assert arguments["kv_cache_memory_bytes"] == 8 << 30
+
+
+def test_an_engines_gpus_come_first_and_it_sees_the_trainers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlloop.engine.vllm_arguments.visible_gpus", lambda: ["4", "5", "6", "7"])
+    assert gpu_order((2, 3)) == {"CUDA_VISIBLE_DEVICES": "6,7,4,5"}
+    assert gpu_order(()) == {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+    monkeypatch.setattr("rlloop.engine.vllm_arguments.visible_gpus", list)
+    assert gpu_order(()) == {}
