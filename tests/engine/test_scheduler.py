@@ -28,20 +28,20 @@ class FakeScheduler:
     """What vLLM's does with logprobs, in the order in which it does it: requests that end are forgotten first."""
 
     def __init__(self, *late: str, at_once: tuple[str, ...] = ()) -> None:
-        self.requests = {
-            name: SimpleNamespace(
-                request_id=name, sampling_params=SimpleNamespace(extra_args={LOGPROBS_AT_THE_END: True})
-            )
-            for name in late
-        }
-        for name in at_once:
-            self.requests[name] = SimpleNamespace(request_id=name, sampling_params=SimpleNamespace(extra_args=None))
+        self.requests: dict[str, Any] = {}
+        for name in (*late, *at_once):
+            params = SimpleNamespace(extra_args={LOGPROBS_AT_THE_END: True} if name in late else None)
+            self.add_request(SimpleNamespace(request_id=name, sampling_params=params, output_token_ids=[]))
+
+    def add_request(self, request: Any) -> None:
+        self.requests[request.request_id] = request
 
     def update_from_output(self, ended: set[str], output: Any) -> Any:
         outputs = []
         for index, name in enumerate(output.req_ids):
             if name not in self.requests:
                 continue
+            self.requests[name].output_token_ids += output.sampled_token_ids[index][: output.num_kept[index]]
             if name in ended:
                 del self.requests[name]
             logprobs = output.logprobs.slice_request(index, output.num_kept[index]) if output.logprobs else None
@@ -57,13 +57,15 @@ class Scheduler(HoldsLogprobs, FakeScheduler):
 def step(
     scheduler: Scheduler, sampled: dict[str, list[int]], ended: str = "", kept: int | None = None
 ) -> dict[str, Any]:
-    """Token t has logprob -t and rank 2 t; -> what each request was sent."""
+    """Token t has logprob -t; -> what each request was sent."""
     tokens = np.array([token for each in sampled.values() for token in each])
     starts = np.cumsum([0, *map(len, sampled.values())]).tolist()
     several = any(len(each) != 1 for each in sampled.values())
-    lists = FakeLists(tokens[:, None], -tokens[:, None].astype(np.float32), 2 * tokens, starts if several else None)
+    lists = FakeLists(tokens[:, None], -tokens[:, None].astype(np.float32), tokens, starts if several else None)
     num_kept = [len(each) if kept is None else kept for each in sampled.values()]
     output = SimpleNamespace(req_ids=list(sampled), logprobs=lists, num_kept=num_kept)
+    output.req_id_to_index = {name: index for index, name in enumerate(sampled)}
+    output.sampled_token_ids = [*sampled.values()]
     found = scheduler.update_from_output({*ended}, output)
     return {each.request_id: each.new_logprobs for each in found[0].outputs}
 
@@ -71,7 +73,7 @@ def step(
 def check(lists: Any, *tokens: int) -> None:
     assert lists.logprob_token_ids.tolist() == [[token] for token in tokens]
     assert lists.logprobs.tolist() == [[-token] for token in tokens]
-    assert lists.sampled_token_ranks.tolist() == [2 * token for token in tokens]
+    assert len(lists.sampled_token_ranks) == len(tokens)
 
 
 def test_they_come_at_the_end_all_at_once() -> None:
@@ -110,5 +112,5 @@ def test_requests_that_are_gone_are_passed_over() -> None:
 
 def test_a_step_without_logprobs_is_vllms() -> None:
     scheduler = Scheduler("a")
-    output = SimpleNamespace(req_ids=["a"], logprobs=None, num_kept=[0])
+    output = SimpleNamespace(req_ids=["a"], logprobs=None, num_kept=[0], sampled_token_ids=[[]])
     assert scheduler.update_from_output(set(), output)[0].outputs[0].new_logprobs is None
