@@ -32,7 +32,7 @@ from rlloop.engine import Engine
 from rlloop.engine.vllm import VllmEngine, start_vllm
 from rlloop.placement import place, resolve_dtype
 from rlloop.processes import shared_memory_prefix
-from rlloop.refit.transports import MemoryWriter
+from rlloop.refit.transports import Writer, make_writer
 from rlloop.run import run
 from rlloop.types import GenerationRequest
 
@@ -75,7 +75,7 @@ async def measure_model(
     settings.run_dir.mkdir(exist_ok=True)
     placement, dtype = place(settings), resolve_dtype(settings)
     engine_settings = settings_for(options)
-    writer = MemoryWriter(dtype, f"{shared_memory_prefix(marker)}decode")
+    writer = make_writer("memory", dtype, f"{shared_memory_prefix(marker)}decode")
     adapter = random_adapter(model, options.rank)
     nothing = {name: torch.zeros_like(each) if ".lora_B." in name else each for name, each in adapter.items()}
     async with AsyncExitStack() as stack:
@@ -115,7 +115,7 @@ class Engines:
     merged: VllmEngine
     slots: VllmEngine
     offline: Any
-    writer: MemoryWriter
+    writer: Writer
     contents: dict[str, Adapter]
     """What is merged, in turns; a zero adapter is the base."""
     version: int = 0

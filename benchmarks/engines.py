@@ -32,7 +32,7 @@ from rlloop.engine.vllm import start_vllm
 from rlloop.models import cannot_be_shared
 from rlloop.placement import divide, place, resolve_dtype, visible_gpus
 from rlloop.processes import shared_memory_prefix
-from rlloop.refit.transports import MemoryWriter
+from rlloop.refit.transports import make_writer
 from rlloop.run import run
 
 CUDA = torch.cuda.is_available()
@@ -73,7 +73,7 @@ async def measure_model(
     dtype = resolve_dtype(settings)
     counts = [count for count in (1, 2, 4) if count <= (len(visible_gpus()) if CUDA else 2)]
     start = partial(start_vllm, str(model), settings_for(options), dtype=dtype, lora_rank=RANK, num_versions=2)
-    writer = MemoryWriter(dtype, f"{shared_memory_prefix(marker)}engines")
+    writer = make_writer("memory", dtype, f"{shared_memory_prefix(marker)}engines")
     ticket = writer.write(random_adapter(model, RANK), 1.0)
     meter = Meter(ticket, options.requests, options.rounds)
 

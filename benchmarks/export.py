@@ -29,7 +29,7 @@ from _report import Report
 from trainer import ADAM, CUDA, LORA, SHAPES, Shape, make_samples, policy_gradient, write_model
 
 from rlloop.config import TrainerSettings
-from rlloop.refit.transports import MemoryWriter
+from rlloop.refit.transports import make_writer
 from rlloop.trainer.megatron import MegatronTrainer
 
 Row = dict[str, str | float]
@@ -84,7 +84,7 @@ async def measure(folder: Path, shape: Shape, repeats: int) -> list[Row]:
         dtype=dtype,
         settings=TrainerSettings(kind="megatron", max_tokens_per_microbatch=shape.num_samples * shape.length),
         temperature=1.0,
-        writer=MemoryWriter(dtype, f"rlloop-export-{os.getpid()}"),
+        writer=make_writer("memory", dtype, f"rlloop-export-{os.getpid()}"),
         log_path=folder / "log",
     )
     async with trainer:

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -57,7 +57,7 @@ from rlloop.types import (
 )
 
 CUDA = torch.cuda.is_available()
-TRANSPORTS: tuple[Transport, ...] = ("cuda_ipc", "memory", "disk") if CUDA else ("memory", "disk")
+FASTEST: Transport = "cuda_ipc" if CUDA else "memory"
 STREAMS = (16, 256) if CUDA else (16,)
 NUM_TOKENS = 512 if CUDA else 48
 NUM_VERSIONS = 3
@@ -66,16 +66,24 @@ STAGES = ("export_seconds", "transfer_seconds", "load_seconds", "verify_seconds"
 
 @dataclass
 class ChosenWriter:
-    """Hands an export to the one of several transports that a file names: the writer lives in the trainer's process."""
+    """Hands an export to the transport that a file names, after the form: writers live in the trainer's process. Each form has
+    its own, as it has an engine."""
 
-    writers: dict[Transport, Writer]
+    dtype: str
+    segment: str
     choice: Path
+    _writers: dict[str, Writer] = field(default_factory=dict, init=False)
 
     def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
-        return self.writers[cast(Transport, self.choice.read_text())].write(tensors, scale)
+        choice = self.choice.read_text()
+        if choice not in self._writers:
+            form, transport = choice.split()
+            name = f"{self.segment}-{form}"
+            self._writers[choice] = make_writer(cast(Transport, transport), self.dtype, name, self.choice.parent)
+        return self._writers[choice].write(tensors, scale)
 
     def close(self) -> None:
-        for writer in self.writers.values():
+        for writer in self._writers.values():
             writer.close()
 
 
@@ -87,12 +95,8 @@ class Publisher:
     trainer: Trainer
     form: RefitForm
     choice: Path
+    transports: Sequence[Transport]
     version: int = 0
-
-    @property
-    def transports(self) -> tuple[Transport, ...]:
-        """Of full weights the first alone."""
-        return TRANSPORTS[:1] if self.form == "full" else TRANSPORTS
 
     async def warm_up(self, transport: Transport) -> None:
         """In the first publishes slots are arranged, and graphs recorded."""
@@ -101,7 +105,7 @@ class Publisher:
 
     async def publish(self, transport: Transport) -> RefitReport:
         """As `rlloop.refit.publisher` does, and retire the version before."""
-        self.choice.write_text(transport)
+        self.choice.write_text(f"{self.form} {transport}")
         started = monotonic()
         if self.form == "full":
             async with self.trainer.sending_weights("new") as weights:
@@ -165,9 +169,15 @@ async def measure_case(
     settings.run_dir.mkdir(exist_ok=True)
     placement, dtype = place(settings), resolve_dtype(settings)
     segment, choice = f"{shared_memory_prefix(marker)}refit", settings.run_dir / "transport"
-    choice.write_text(TRANSPORTS[0])
+    choice.write_text(f"adapter {FASTEST}")
     kind = "megatron" if CUDA else "peft"
     has_own_gpus = not {*placement.engine_gpus} & {*placement.trainer_gpus} and CUDA
+    transports: list[Transport] = ["cuda_ipc"] if CUDA else []
+    transports += [
+        "memory",
+        *(["broadcast"] if has_own_gpus or not CUDA else []),
+        "disk",
+    ]  # NCCL wants a GPU for each rank
     async with AsyncExitStack() as stack:
         trainer = await stack.enter_async_context(
             trainer_class(kind)(
@@ -175,10 +185,8 @@ async def measure_case(
                 dtype=dtype,
                 settings=TrainerSettings(kind=kind),
                 temperature=1.0,
-                writer=ChosenWriter(
-                    {each: make_writer(each, dtype, segment, settings.run_dir) for each in TRANSPORTS}, choice
-                ),
-                sender=WeightsSender(TRANSPORTS[0], dtype, f"{segment}-full", 1),
+                writer=ChosenWriter(dtype, segment, choice),
+                sender=WeightsSender(FASTEST, dtype, f"{segment}-full", 1),
                 cores=placement.trainer_cores,
                 visible_gpus=placement.trainer_devices,
                 log_path=settings.run_dir / "trainer.log",
@@ -199,11 +207,11 @@ async def measure_case(
         )
         for form in options.forms:
             async with start(form=form) as engine:
-                publisher = Publisher(engine, trainer, form, choice)
+                publisher = Publisher(engine, trainer, form, choice, [FASTEST] if form == "full" else transports)
                 if form == "adapter":
                     await engine.publish(0, await trainer.export_adapter("old"))
                 else:
-                    await publisher.publish(TRANSPORTS[0])
+                    await publisher.publish(FASTEST)
                 title = f"{name}, rank {rank}, {form}" + (", each on its own GPU" if has_own_gpus else "")
                 stages = await measure_stages(publisher, options.repeats)
                 report.table(f"{title}: publish on an idle engine, medians of {options.repeats}, ms", stages)

@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from anyio import create_task_group, to_thread
 
-from rlloop.config import RunSettings, TrainingSettings
+from rlloop.config import RefitSettings, RunSettings, TrainingSettings
 from rlloop.engine import Engine
 from rlloop.engine.replicas import Replicas
 from rlloop.errors import ConfigError
@@ -68,23 +68,29 @@ async def open_trainer(
     events: Events,
     *,
     temperature: float = 1.0,
-    transport: Literal["auto", "cuda_ipc", "memory", "disk"] = "auto",
-    num_readers: int = 0,
+    refit: RefitSettings | None = None,
 ) -> AsyncIterator[Trainer]:
     """Start the trainer alone; `model` is a folder. See `open_backend`.
 
-    `temperature` is that of the distributions whose logprobs it computes; `transport` takes the adapters that it exports, or
-    the weights that it sends to `num_readers` ranks of engines.
+    `temperature` is that of the distributions whose logprobs it computes; `refit` says how the placement's engines get what it
+    trains. Raises ConfigError for a broadcast to a GPU that is the trainer's.
     """
     from rlloop.refit.stream import WeightsSender
     from rlloop.refit.transports import make_writer
     from rlloop.trainer.kinds import trainer_class
 
+    refit = refit or RefitSettings()
+    transport = refit.transport
     if transport == "auto":
         transport = "memory" if placement.trainer_cores else "cuda_ipc"
-    segment = f"{shared_memory_prefix(marker)}refit"
-    writer = make_writer(transport, placement.dtype, segment, folder / "refit")
-    sender = WeightsSender(transport, placement.dtype, segment, num_readers) if num_readers else None
+    if transport == "broadcast" and {*placement.engine_gpus} & {*placement.trainer_gpus}:
+        raise ConfigError(
+            "--refit.transport broadcast: expected engines and trainer on GPUs of their own, as NCCL does, but they share some; "
+            "use cuda_ipc, which is faster there"
+        )
+    segment, num_readers = f"{shared_memory_prefix(marker)}refit", placement.replicas * placement.tensor_parallel
+    writer = make_writer(transport, placement.dtype, segment, folder / "refit", num_readers)
+    sender = WeightsSender(transport, placement.dtype, segment, num_readers) if refit.form == "full" else None
     trainer = trainer_class(settings.trainer.kind)(
         model,
         dtype=placement.dtype,
@@ -142,8 +148,7 @@ async def open_backend(
                 folder,
                 events,
                 temperature=settings.sampling.temperature,
-                transport=settings.refit.transport,
-                num_readers=placement.replicas * placement.tensor_parallel if settings.refit.form == "full" else 0,
+                refit=settings.refit,
             )
         )
         async with create_task_group() as tasks:

@@ -163,8 +163,9 @@ class TrainerSettings(Settings):
 class RefitSettings(Settings):
     """How new weights reach the engine."""
 
-    transport: Literal["auto", "cuda_ipc", "memory", "disk"] = "auto"
-    """The trainer's GPU memory, mapped by the engine (`auto` on GPUs); shared memory (`auto` on CPUs); or a file (fallback)."""
+    transport: Literal["auto", "cuda_ipc", "memory", "broadcast", "disk"] = "auto"
+    """The trainer's GPU memory, mapped by the engine (`auto` on GPUs); shared memory (`auto` on CPUs); a broadcast through NCCL
+    (Gloo on CPUs), which needs no common host; or a file (fallback)."""
     form: RefitForm = "adapter"
     """What the engine holds: adapters, several versions at once; or weights with the newest merged into them, which decode faster
     and where rollouts that finish on their own make a new version wait for them. `merged`: the engine merges, and keeps a copy of
@@ -178,7 +179,7 @@ class RefitSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> RefitSettings:
         if self.form == "full" and self.transport == "disk":
-            raise ValueError("--refit.form full goes through memory: set --refit.transport to auto, cuda_ipc or memory")
+            raise ValueError("--refit.form full goes through memory: set another --refit.transport")
         return self
 
 

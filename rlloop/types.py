@@ -176,7 +176,7 @@ class Sample:
     """Versions that the trainer is ahead of the one that sampled the token."""
 
 
-Transport: TypeAlias = Literal["cuda_ipc", "memory", "disk"]
+Transport: TypeAlias = Literal["cuda_ipc", "memory", "broadcast", "disk"]
 """How an adapter gets to the engine; see `rlloop.refit.transports`."""
 
 

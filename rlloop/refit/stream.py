@@ -104,7 +104,7 @@ class WeightsSender:
             header = bucket.header()
             if number:
                 _wait(readers, check_interrupt)  # so that the one before is free when this one is full
-            _tell(readers, header)
+            _tell(readers, header | {"location": bucket.offer()})
             number += 1
         if number:
             _wait(readers, check_interrupt)
@@ -126,7 +126,7 @@ class WeightsSender:
     def _empty(self, number: int, first: torch.Tensor) -> _Bucket:
         """A bucket with room for at least the first tensor."""
         if number == len(self._buckets):
-            shared = make_shared(self._transport, self._dtype, f"{self._name}-{number}")
+            shared = make_shared(self._transport, self._dtype, f"{self._name}-{number}", self._num_readers)
             self._buckets.append(_Bucket(self._transport, self._dtype, shared))
         self._buckets[number].clear(self._bucket_bytes, first)
         return self._buckets[number]
@@ -155,16 +155,19 @@ class _Bucket:
         self._used += tensor.numel()
 
     def header(self) -> dict[str, Any]:
-        """As a ticket has it. Waits until all is there."""
+        """As a ticket has it, but for where. Waits until all is there."""
         flat = self._flat[: self._used]
         return {
             "manifest": self._manifest,
             "digest": digest(flat, self._manifest),
             "dtype": self._dtype,
             "transport": self._transport,
-            "location": self.shared.location,
             "num_bytes": flat.numel() * flat.element_size(),
         }
+
+    def offer(self) -> str:
+        """Let readers have it; -> where."""
+        return self.shared.offer(self._flat[: self._used])
 
 
 class _HungUp(Exception):

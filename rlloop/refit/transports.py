@@ -1,4 +1,5 @@
-"""How an adapter's bytes get from the trainer's process to the engine's: in the GPU's memory, in shared memory, or in a file.
+"""How an adapter's bytes get from the trainer's process to the engine's: in the GPU's memory, in shared memory, by a broadcast,
+or in a file.
 
 A writer is made by the run, pickled to the trainer's rank, and writes there; a reader lives in the engine's worker. What
 travels is one flat tensor in the engine's dtype, B scaled already, so that a slot holds exactly the bytes that were sent. It is
@@ -25,6 +26,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from rlloop.errors import RefitError
 from rlloop.recorded import Recorded
+from rlloop.refit.broadcast import Broadcast, Receiver
 from rlloop.refit.digest import checksum, spelled
 from rlloop.types import AdapterTicket, Transport
 
@@ -92,8 +94,7 @@ class GpuMemory:
     """Of the trainer's GPU, which the engine's process maps, too: nothing passes through the host."""
 
     dtype: str
-    location: str = field(default="", init=False, repr=False)
-    """How to map it."""
+    _location: str = field(default="", init=False, repr=False)
     _whole: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     def flat(self, num_elements: int, device: torch.device) -> torch.Tensor:
@@ -103,8 +104,12 @@ class GpuMemory:
         if self._whole is None or self._whole.numel() < num_elements:
             self._whole = torch.empty(num_elements, dtype=getattr(torch, self.dtype), device=device)
             shared = (_gpu_id(device.index), reduce_tensor(self._whole))
-            self.location = base64.b64encode(pickle.dumps(shared)).decode()
+            self._location = base64.b64encode(pickle.dumps(shared)).decode()
         return self._whole[:num_elements]
+
+    def offer(self, flat: torch.Tensor) -> str:
+        """How to map it."""
+        return self._location
 
     def close(self) -> None:
         """Give it back."""
@@ -123,9 +128,8 @@ class HostMemory:
     _segment: _Segment | None = field(default=None, init=False, repr=False)
 
     @property
-    def location(self) -> str:
-        """The segment's path."""
-        return str(SHARED_MEMORY / self.name)
+    def _path(self) -> Path:
+        return SHARED_MEMORY / self.name
 
     def flat(self, num_elements: int, device: torch.device) -> torch.Tensor:
         """The first so many, on the host; page-locked for copies from a GPU."""
@@ -134,79 +138,57 @@ class HostMemory:
         if self._segment is None or self._segment.num_bytes < num_bytes:
             self.close()
             flags = os.O_CREAT | os.O_RDWR
-            self._segment = _Segment(Path(self.location), flags, num_bytes, page_lock=device.type == "cuda")
+            self._segment = _Segment(self._path, flags, num_bytes, page_lock=device.type == "cuda")
         return self._segment.tensor(dtype, num_elements)
+
+    def offer(self, flat: torch.Tensor) -> str:
+        """The segment's path."""
+        return str(self._path)
 
     def close(self) -> None:
         """Remove the segment."""
         if self._segment is not None:
-            Path(self.location).unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
             self._segment.release()
             self._segment = None
 
 
-Shared = GpuMemory | HostMemory
+Shared = GpuMemory | HostMemory | Broadcast
 
 
-def make_shared(transport: Transport, dtype: str, name: str) -> Shared:
-    """Memory that another process can read; `name` is that of a segment."""
-    return GpuMemory(dtype) if transport == "cuda_ipc" else HostMemory(dtype, name)
-
-
-@dataclass
-class CudaIpcWriter:
-    """Writes into GPU memory."""
-
-    dtype: str
-    _memory: GpuMemory = field(init=False, repr=False)
-    _packer: _Packer = field(default_factory=_Packer, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._memory = GpuMemory(self.dtype)
-
-    def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
-        """Flatten, scale B, cast, digest. Raises RefitError unless the tensors are on a GPU."""
-        started = time.monotonic()
-        flat = self._memory.flat(_count(tensors), _device(tensors))
-        manifest, found = self._packer.pack(tensors, scale, flat)
-        return _ticket("cuda_ipc", self._memory.location, flat, manifest, found, started)
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self._memory.close()
-        self._packer = _Packer()
+def make_shared(transport: Transport, dtype: str, name: str, num_readers: int) -> Shared:
+    """Memory that other processes read; `name` is that of a segment."""
+    if transport == "cuda_ipc":
+        return GpuMemory(dtype)
+    return Broadcast(dtype, num_readers) if transport == "broadcast" else HostMemory(dtype, name)
 
 
 @dataclass
-class MemoryWriter:
-    """Writes into shared memory."""
+class SharedWriter:
+    """Writes into memory that is shared."""
 
-    dtype: str
-    segment_name: str
-    _memory: HostMemory = field(init=False, repr=False)
+    transport: Transport
+    shared: Shared
     _staged: torch.Tensor | None = field(default=None, init=False, repr=False)
     _packer: _Packer = field(default_factory=_Packer, init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        self._memory = HostMemory(self.dtype, self.segment_name)
-
     def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
-        """Flatten, scale B, cast, digest."""
+        """Flatten, scale B, cast, digest. Raises RefitError for cuda_ipc unless the tensors are on a GPU."""
         started = time.monotonic()
         device = _device(tensors)
-        flat = self._memory.flat(_count(tensors), device)
-        if device.type == "cpu":
+        flat = self.shared.flat(_count(tensors), device)
+        if flat.device == device:
             manifest, found = self._packer.pack(tensors, scale, flat)
         else:  # in one copy from the device, not in one for each tensor
             if self._staged is None or self._staged.numel() != flat.numel():
                 self._staged = torch.empty_like(flat, device=device)
             manifest, found = self._packer.pack(tensors, scale, self._staged)
             flat.copy_(self._staged)
-        return _ticket("memory", self._memory.location, flat, manifest, found, started)
+        return _ticket(self.transport, self.shared.offer(flat), flat, manifest, found, started)
 
     def close(self) -> None:
-        """Remove the segment."""
-        self._memory.close()
+        """Give the memory back."""
+        self.shared.close()
         self._staged = None
         self._packer = _Packer()
 
@@ -233,14 +215,16 @@ class DiskWriter:
         (self.folder / "refit.safetensors").unlink(missing_ok=True)
 
 
-Writer = CudaIpcWriter | MemoryWriter | DiskWriter
+Writer = SharedWriter | DiskWriter
 
 
-def make_writer(transport: Transport, dtype: str, segment_name: str, folder: Path) -> Writer:
-    """`segment_name` is that of shared memory, `folder` that of files."""
-    if transport == "cuda_ipc":
-        return CudaIpcWriter(dtype)
-    return MemoryWriter(dtype, segment_name) if transport == "memory" else DiskWriter(dtype, folder)
+def make_writer(
+    transport: Transport, dtype: str, name: str, folder: Path = Path("refit"), num_readers: int = 1
+) -> Writer:
+    """`name` is that of shared memory, `folder` that of files; `num_readers`: ranks of all engines, for a broadcast."""
+    if transport == "disk":
+        return DiskWriter(dtype, folder)
+    return SharedWriter(transport, make_shared(transport, dtype, name, num_readers))
 
 
 class Reader:
@@ -250,6 +234,7 @@ class Reader:
         self._device = device
         self._segments: dict[str, _Segment] = {}
         self._mapped: dict[str, torch.Tensor] = {}
+        self._receivers: dict[str, Receiver] = {}
 
     def read(self, ticket: Mapping[str, Any]) -> torch.Tensor:
         """The flat tensor, where the transport has it: valid until the writer writes again."""
@@ -261,6 +246,8 @@ class Reader:
             return found
         if ticket["transport"] == "cuda_ipc":
             return self._map(ticket["location"])[:num_elements]
+        if ticket["transport"] == "broadcast":
+            return self._receive(ticket["location"], torch.empty(num_elements, dtype=dtype, device=self._device))
         return self._attach(ticket["location"], ticket["num_bytes"]).tensor(dtype, num_elements)
 
     def _map(self, handle: str) -> torch.Tensor:
@@ -270,6 +257,13 @@ class Reader:
             gpu, (rebuild, arguments) = pickle.loads(base64.b64decode(handle))
             self._mapped[handle] = rebuild(*arguments[:6], _gpu_index(gpu), *arguments[7:])
         return self._mapped[handle]
+
+    def _receive(self, location: str, flat: torch.Tensor) -> torch.Tensor:
+        where, _, number = location.rpartition(":")
+        if where not in self._receivers:
+            self._receivers[where] = Receiver(where, self._device)
+        self._receivers[where].receive(int(number), flat)
+        return flat
 
     def _attach(self, location: str, num_bytes: int) -> _Segment:
         segment = self._segments.get(location)

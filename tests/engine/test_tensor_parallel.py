@@ -11,7 +11,7 @@ import pytest
 from vllm_harness import ALPHA, PROMPT, RANK, Harness, open_harness
 
 from rlloop.errors import RefitError
-from rlloop.refit.transports import MemoryWriter
+from rlloop.refit.transports import make_writer
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 
@@ -60,7 +60,7 @@ def test_a_tensor_of_another_size_is_refused_and_no_rank_keeps_it(
 
 def test_corrupted_bytes_are_refused(harness: Harness) -> None:
     version, weights = harness.new_version()
-    ticket = MemoryWriter("float32", f"{harness.segment}corrupted").write(weights, ALPHA / RANK)
+    ticket = make_writer("memory", "float32", f"{harness.segment}corrupted").write(weights, ALPHA / RANK)
     with open(ticket.location, "r+b") as file:
         first = file.read(1)
         file.seek(0)

@@ -16,8 +16,8 @@ import torch
 from vllm_harness import NUM_VERSIONS, PROMPT, Harness, open_harness, sample_across_a_publish
 
 from rlloop.errors import EngineError, RefitError
-from rlloop.refit.transports import MemoryWriter
-from rlloop.types import AdapterTicket, GenerationRequest
+from rlloop.refit.transports import make_writer
+from rlloop.types import AdapterTicket, GenerationRequest, Transport
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 
@@ -36,8 +36,8 @@ def harness(shared: Harness) -> Iterator[Harness]:
     shared.retire_all()
 
 
-@pytest.mark.parametrize("transport", ["memory", "disk"])
-def test_a_version_samples_with_its_own_weights(harness: Harness, transport: str) -> None:
+@pytest.mark.parametrize("transport", ["memory", "broadcast", "disk"])
+def test_a_version_samples_with_its_own_weights(harness: Harness, transport: Transport) -> None:
     old, old_weights = harness.publish(transport)
     new, new_weights = harness.publish(transport)
     # The same prompt on both, so that a prefix cache shared between them would show.
@@ -245,7 +245,7 @@ def test_a_tensor_of_another_size_is_refused(harness: Harness, half: str) -> Non
 
 
 @pytest.mark.parametrize("transport", ["memory", "disk"])
-def test_corrupted_bytes_are_refused(harness: Harness, transport: str) -> None:
+def test_corrupted_bytes_are_refused(harness: Harness, transport: Transport) -> None:
     _, weights = harness.new_version()
     ticket = harness.write(weights, transport)
     with open(ticket.location, "r+b") as file:
@@ -258,7 +258,7 @@ def test_corrupted_bytes_are_refused(harness: Harness, transport: str) -> None:
 
 def test_another_dtype_is_refused(harness: Harness) -> None:
     _, weights = harness.new_version()
-    ticket = MemoryWriter("bfloat16", f"{harness.segment}bf16").write(weights, 1.0)
+    ticket = make_writer("memory", "bfloat16", f"{harness.segment}bf16").write(weights, 1.0)
     refuse(harness, ticket, "bfloat16", "float32")
 
 

@@ -22,8 +22,8 @@ from rlloop.config import EngineSettings
 from rlloop.engine.vllm import VllmEngine, start_vllm
 from rlloop.errors import RefitError
 from rlloop.processes import guard, shared_memory_prefix
-from rlloop.refit.transports import DiskWriter, MemoryWriter
-from rlloop.types import AdapterTicket, Completion, GenerationRequest, InFlight
+from rlloop.refit.transports import make_writer
+from rlloop.types import AdapterTicket, Completion, GenerationRequest, InFlight, Transport
 
 NUM_VERSIONS = 4
 RANK, ALPHA = 4, 8
@@ -92,17 +92,17 @@ class Harness:
         number = next(self._numbers)
         return number, self.reference.random_weights(number)
 
-    def write(self, weights: Weights, transport: str = "memory") -> AdapterTicket:
+    def write(self, weights: Weights, transport: Transport = "memory") -> AdapterTicket:
         name = f"{self.segment}{uuid.uuid4().hex[:8]}"
-        writer = MemoryWriter("float32", name) if transport == "memory" else DiskWriter("float32", self.folder / name)
+        writer = make_writer(transport, "float32", name, self.folder / name)
         return writer.write(weights, ALPHA / RANK)
 
-    def publish(self, transport: str = "memory") -> tuple[int, Weights]:
+    def publish(self, transport: Transport = "memory") -> tuple[int, Weights]:
         version, weights = self.new_version()
         self.publish_as(version, weights, transport)
         return version, weights
 
-    def publish_as(self, version: int, weights: Weights, transport: str = "memory") -> None:
+    def publish_as(self, version: int, weights: Weights, transport: Transport = "memory") -> None:
         self.do(lambda: self.engine.publish(version, self.write(weights, transport)))
 
     def generate(self, version: int, **changes: Any) -> list[Completion]:

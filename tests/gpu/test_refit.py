@@ -5,15 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlloop.refit.transports import CudaIpcWriter, DiskWriter, MemoryWriter, Writer
+from rlloop.refit.transports import make_writer
+from rlloop.types import Transport
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
 
 @pytest.mark.parametrize("transport", ["cuda_ipc", "memory"])
-def test_every_turn_sends_what_is_there_now(tmp_path: Path, transport: str) -> None:
-    writer: Writer = CudaIpcWriter("bfloat16") if transport == "cuda_ipc" else MemoryWriter("bfloat16", "rlloop-test")
-    oracle = DiskWriter("bfloat16", tmp_path)  # on the CPU
+def test_every_turn_sends_what_is_there_now(tmp_path: Path, transport: Transport) -> None:
+    writer = make_writer(transport, "bfloat16", "rlloop-test")
+    oracle = make_writer("disk", "bfloat16", "", tmp_path)  # on the CPU
     tensors: dict[str, torch.Tensor] = {}
     try:
         for turn in range(9):

@@ -16,6 +16,7 @@ from rlloop.refit.stream import WeightsReader, WeightsSender
 from rlloop.refit.transports import SHARED_MEMORY
 from rlloop.refit.whole import Whole, load_in_place
 from rlloop.trainer.ranks import Interrupted
+from rlloop.types import Transport
 
 SIZES = [(3, 5), (7,), (64, 9), (1,), (2, 3, 4), (8, 8), (100,), (5,)]
 Weights = dict[str, torch.Tensor]
@@ -49,9 +50,13 @@ def never() -> None:
 
 
 @pytest.mark.parametrize("bucket_bytes", [4, 400, 1 << 20])  # one tensor each, several, all in one; 4 is less than any
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_reader_gets_every_weight(name: str, threads: ThreadPoolExecutor, bucket_bytes: int, dtype: str) -> None:
-    sender = WeightsSender("memory", dtype, name, 2, bucket_bytes=bucket_bytes)
+@pytest.mark.parametrize(
+    ("transport", "dtype"), [("memory", "float32"), ("memory", "bfloat16"), ("broadcast", "bfloat16")]
+)
+def test_every_reader_gets_every_weight(
+    name: str, threads: ThreadPoolExecutor, bucket_bytes: int, transport: Transport, dtype: str
+) -> None:
+    sender = WeightsSender(transport, dtype, name, 2, bucket_bytes=bucket_bytes)
     sender.listen()
     readers = [WeightsReader(torch.device("cpu")) for _ in range(2)]
     for seed in range(3):  # buckets are used again

@@ -13,7 +13,7 @@ import torch
 from rlloop.errors import RefitError
 from rlloop.refit.digest import digest
 from rlloop.refit.slots import first_difference
-from rlloop.refit.transports import SHARED_MEMORY, CudaIpcWriter, MemoryWriter, Reader, Writer
+from rlloop.refit.transports import SHARED_MEMORY, Reader, Writer
 from rlloop.refit.transports import make_writer as make_any_writer
 from rlloop.types import AdapterTicket, Transport
 
@@ -114,7 +114,7 @@ def test_close_leaves_nothing(transport: Transport, segment: str, tmp_path: Path
 
 
 def test_a_segment_is_readable_by_its_owner_alone(segment: str) -> None:
-    writer = MemoryWriter("float32", segment)
+    writer = make_any_writer("memory", "float32", segment)
     writer.write(adapter(), 1.0)
     assert (SHARED_MEMORY / segment).stat().st_mode & 0o777 == 0o600
     writer.close()
@@ -144,7 +144,7 @@ def test_another_process_reads_it(transport: Transport, segment: str, tmp_path: 
 
 
 def test_a_segment_that_is_gone_is_an_error_that_names_it(segment: str) -> None:
-    writer = MemoryWriter("float32", segment)
+    writer = make_any_writer("memory", "float32", segment)
     ticket = writer.write(adapter(), 1.0)
     writer.close()
     with pytest.raises(FileNotFoundError, match=segment):
@@ -153,7 +153,7 @@ def test_a_segment_that_is_gone_is_an_error_that_names_it(segment: str) -> None:
 
 def test_the_gpus_memory_wants_a_gpu() -> None:
     with pytest.raises(RefitError, match=r"--refit.transport cuda_ipc: expected weights on a GPU, got some on cpu"):
-        CudaIpcWriter("float32").write(adapter(), 1.0)
+        make_any_writer("cuda_ipc", "float32", "").write(adapter(), 1.0)
 
 
 def test_a_tensor_that_differs_is_named() -> None:
