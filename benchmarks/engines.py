@@ -10,6 +10,7 @@ run would take that has these GPUs for its engines.
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -76,13 +77,14 @@ async def measure_model(
     writer = make_writer("memory", dtype, f"{shared_memory_prefix(marker)}engines")
     ticket = writer.write(random_adapter(model, RANK), 1.0)
     meter = Meter(ticket, options.requests, options.rounds)
+    numbers = itertools.count(1)
 
     def where(part: int, num_parts: int, gpus: Sequence[int]) -> dict[str, Any]:
         cores = place(settings).engine_cores
         return {
             "gpus": gpus,
             "cores": divide(cores, num_parts)[part],
-            "log_path": settings.run_dir / f"{num_parts}-{part}.log",
+            "log_path": settings.run_dir / f"engine-{next(numbers)}.log",
         }
 
     async def on_one_gpu() -> list[dict[str, Cell]]:

@@ -172,12 +172,9 @@ async def measure_case(
     choice.write_text(f"adapter {FASTEST}")
     kind = "megatron" if CUDA else "peft"
     has_own_gpus = not {*placement.engine_gpus} & {*placement.trainer_gpus} and CUDA
-    transports: list[Transport] = ["cuda_ipc"] if CUDA else []
-    transports += [
-        "memory",
-        *(["broadcast"] if has_own_gpus or not CUDA else []),
-        "disk",
-    ]  # NCCL wants a GPU for each rank
+    # NCCL wants a GPU for each rank.
+    impossible = {"cuda_ipc"} if not CUDA else set() if has_own_gpus else {"broadcast"}
+    transports: list[Transport] = [each for each in get_args(Transport) if each not in impossible]
     async with AsyncExitStack() as stack:
         trainer = await stack.enter_async_context(
             trainer_class(kind)(

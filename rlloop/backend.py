@@ -86,7 +86,7 @@ async def open_trainer(
     if transport == "broadcast" and {*placement.engine_gpus} & {*placement.trainer_gpus}:
         raise ConfigError(
             "--refit.transport broadcast: expected engines and trainer on GPUs of their own, as NCCL does, but they share some; "
-            "use cuda_ipc, which is faster there"
+            "use cuda_ipc"
         )
     segment, num_readers = f"{shared_memory_prefix(marker)}refit", placement.replicas * placement.tensor_parallel
     writer = make_writer(transport, placement.dtype, segment, folder / "refit", num_readers)

@@ -165,7 +165,7 @@ class RefitSettings(Settings):
 
     transport: Literal["auto", "cuda_ipc", "memory", "broadcast", "disk"] = "auto"
     """The trainer's GPU memory, mapped by the engine (`auto` on GPUs); shared memory (`auto` on CPUs); a broadcast through NCCL
-    (Gloo on CPUs), which needs no common host; or a file (fallback)."""
+    (Gloo on CPUs); or a file (fallback)."""
     form: RefitForm = "adapter"
     """What the engine holds: adapters, several versions at once; or weights with the newest merged into them, which decode faster
     and where rollouts that finish on their own make a new version wait for them. `merged`: the engine merges, and keeps a copy of
@@ -179,7 +179,7 @@ class RefitSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> RefitSettings:
         if self.form == "full" and self.transport == "disk":
-            raise ValueError("--refit.form full goes through memory: set another --refit.transport")
+            raise ValueError("--refit.form full does not go through files: set --refit.transport to another than disk")
         return self
 
 

@@ -48,8 +48,9 @@ class HoldsLogprobs:
         if step is not None:
             for each in outputs.values():
                 for output in each.outputs:
-                    if output.finish_reason is not None:
-                        step.hand_over(output, model_runner_output.req_id_to_index[output.request_id])
+                    index = model_runner_output.req_id_to_index.get(output.request_id)
+                    if output.finish_reason is not None and index is not None:
+                        step.hand_over(output, index)
         return outputs
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 import anyio
@@ -24,6 +24,8 @@ from rlloop.processes import blocked_signals, environment
 from rlloop.types import Completion, EngineStatistics, GenerationRequest, RefitForm, RefitReport, Ticket
 
 WORKER_EXTENSION = "rlloop.refit.worker.LoraRefit"
+_STARTING = Lock()
+"""vLLM reads the process's environment, and a start that was cancelled goes on for a while."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +327,7 @@ async def start_vllm(
 
     def create() -> Any:
         # Ctrl-C goes to the whole process group; the engine must outlive it, since it is the loop that stops the run.
-        with blocked_signals(signal.SIGINT), environment(**vllm_arguments.gpu_order(gpus)):
+        with _STARTING, blocked_signals(signal.SIGINT), environment(**vllm_arguments.gpu_order(gpus)):
             from vllm import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -1,12 +1,11 @@
-"""Tensors from the trainer's rank to all engines' workers at once, also to those on other hosts: NCCL, and on CPUs Gloo.
+"""Tensors from the trainer's rank to all engines' workers at once: NCCL between GPUs, and on CPUs Gloo.
 
 Both sides meet at a store that the trainer's rank keeps. A broadcast begins when every reader is there for it, so that one that
-has refused a ticket leaves nobody inside a collective call; one for which nobody comes is given up.
+has refused a ticket leaves nobody inside a collective call; one for which not all come is given up by whoever finds that first.
 """
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from threading import Thread
 
@@ -15,8 +14,9 @@ from torch.distributed import DistStoreError, PrefixStore, ProcessGroupGloo, TCP
 
 from rlloop.errors import RefitError
 
-PATIENCE = timedelta(seconds=60)
-"""For which one side waits for the others; a worker may be behind a forward pass over long prompts."""
+PATIENCE = 60.0
+"""Seconds for which one side waits for the other: a worker may be behind a forward pass over long prompts."""
+_HOST = "127.0.0.1"
 _GIVEN_UP = b"given up"
 
 
@@ -27,43 +27,50 @@ class Broadcast:
         self._dtype = dtype
         self._num_readers = num_readers
         self._flat = torch.empty(0)
-        self._link: _Sender | None = None
+        self._sender: _Sender | None = None
 
     def flat(self, num_elements: int, device: torch.device) -> torch.Tensor:
-        """The first so many elements of a tensor on that device, once what was offered last has left it."""
-        if self._link is not None:
-            self._link.finish()
+        """The first so many elements of a tensor on that device, which what was offered last has left."""
+        self.withdraw()
         if self._flat.device != device or self._flat.numel() < num_elements:
             self._flat = torch.empty(num_elements, dtype=getattr(torch, self._dtype), device=device)
         return self._flat[:num_elements]
 
     def offer(self, flat: torch.Tensor) -> str:
         """Begin to send; -> to where readers turn for it."""
-        if self._link is None:
-            self._link = _Sender(self._num_readers)
-        return self._link.begin(flat)
+        if self._sender is None:
+            self._sender = _Sender(self._num_readers + 1, flat.device)
+        return self._sender.begin(flat)
+
+    def withdraw(self) -> None:
+        """No reader gets what was offered that has not begun to. Raises RefitError when those who began did not get it."""
+        if self._sender is not None:
+            self._sender.finish()
 
     def close(self) -> None:
-        """Give up what nobody has come for."""
-        if self._link is not None:
-            self._link.finish()
-            self._link = None
-        self._flat = torch.empty(0)
+        """Give the memory back."""
+        try:
+            self.withdraw()
+        finally:
+            if self._sender is not None:
+                self._sender.group.close()
+            self._sender = None
+            self._flat = torch.empty(0)
 
 
 class _Sender:
-    def __init__(self, num_readers: int) -> None:
-        # As torch's launchers name the host that all can reach.
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
-        # One for the thread: who waits keeps others from using the same. Readers may be told of a ticket much later.
-        self._threads = TCPStore(
-            host, self._store.port, is_master=False, wait_for_workers=False, timeout=timedelta(days=365)
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE))
+        self._where = f"{_HOST}:{self._store.port}:{size}"
+        # The thread's own: who waits keeps others from using the same. Engines may be told of a ticket much later.
+        self._waiting = TCPStore(
+            _HOST, self._store.port, is_master=False, wait_for_workers=False, timeout=timedelta(365)
         )
-        self._where = f"{host}:{self._store.port}:{num_readers + 1}"
+        self.group = _Group(self._waiting, 0, size, device)
+        # Of its own, so that neither the trainer's work waits for this nor this for that.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._number = 0
         self._thread: Thread | None = None
-        self._group: Group | None = None
         self._error: Exception | None = None
 
     def begin(self, flat: torch.Tensor) -> str:
@@ -73,25 +80,23 @@ class _Sender:
         return f"{self._where}:{self._number}"
 
     def finish(self) -> None:
-        """Returns when the tensor may be written to again. Raises what sending raised."""
         if self._thread is None:
             return
-        # Who is first decides, the last reader or this.
         self._store.compare_set(_start(self._number), "", _GIVEN_UP.decode())
         self._thread.join()
         self._thread = None
-        if self._error is not None:
-            raise RefitError("the weights could not be broadcast to the engines") from self._error
+        error, self._error = self._error, None
+        if error is not None:
+            raise RefitError("the weights could not be broadcast to the engines") from error
 
     def _send(self, number: int, flat: torch.Tensor) -> None:
         try:
-            if self._threads.get(_start(number)) == _GIVEN_UP:
+            if self._waiting.get(_start(number)) == _GIVEN_UP:
                 return
-            if flat.device.type == "cuda":
-                torch.cuda.set_device(flat.device)  # a thread's own
-            if self._group is None:
-                self._group = Group(self._threads, 0, int(self._where.rpartition(":")[2]), flat.device)
-            self._group.broadcast(flat)
+            with torch.cuda.stream(self._stream):  # of None, nothing
+                self.group.broadcast(number, flat)
+            if self._stream is not None:
+                self._stream.synchronize()
         except Exception as error:
             self._error = error
 
@@ -101,46 +106,67 @@ class Receiver:
 
     def __init__(self, where: str, device: torch.device) -> None:
         host, port, size = where.split(":")
-        self._store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=PATIENCE)
-        self._size = int(size)
-        self._rank = self._store.add("readers", 1)
-        self._device = device
-        self._group: Group | None = None
+        patience = timedelta(seconds=PATIENCE)
+        self._store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=patience)
+        self._num_readers = int(size) - 1
+        self._group = _Group(self._store, self._store.add("readers", 1), int(size), device)
+        self._last = 0
 
     def receive(self, number: int, flat: torch.Tensor) -> None:
-        """Into `flat`, when all readers have come for this one. Raises RefitError when they do not, or it was given up."""
-        if self._store.add(f"come for {number}", 1) == self._size - 1:
+        """Into `flat`, when all readers have come for this one, which none does twice. Raises RefitError when it was given up."""
+        if number <= self._last:
+            raise RefitError("a broadcast is received once, and in turn: export anew")
+        self._last = number
+        if self._store.add(f"come for {number}", 1) == self._num_readers:
             self._store.compare_set(_start(number), "", "now")
         try:
             started = self._store.get(_start(number))
-        except DistStoreError as error:
-            raise RefitError(
-                f"not all of {self._size - 1} ranks of engines came for the weights within {PATIENCE.total_seconds():g} s"
-            ) from error
+        except DistStoreError:  # too late, unless all came at this moment
+            started = self._store.compare_set(_start(number), "", _GIVEN_UP.decode())
         if started == _GIVEN_UP:
-            raise RefitError("the trainer sends these weights no more")
-        if self._group is None:
-            self._group = Group(self._store, self._rank, self._size, self._device)
-        self._group.broadcast(flat)
+            raise RefitError(
+                f"not all of {self._num_readers} ranks of engines came for the weights within {PATIENCE:g} s, or the trainer "
+                "sends these no more"
+            )
+        self._group.broadcast(number, flat)
 
 
-class Group:
-    """Of the sender, rank 0, and all readers; beside the process's own default group, if it has one."""
+class _Group:
+    """The sender, rank 0, and all readers; beside the process's own default group, if it has one."""
 
     def __init__(self, store: TCPStore, rank: int, size: int, device: torch.device) -> None:
-        own = PrefixStore("group", store)
-        if device.type == "cuda":
-            from torch.distributed import ProcessGroupNCCL
+        self._store = store
+        self._rank = rank
+        self._size = size
+        self._device = device
+        self._group: torch.distributed.Backend | None = None
 
-            options = ProcessGroupNCCL.Options()
-            options._timeout = PATIENCE
-            self._group = ProcessGroupNCCL(own, rank, size, options)
-        else:
-            self._group = ProcessGroupGloo(own, rank, size, PATIENCE)
-
-    def broadcast(self, flat: torch.Tensor) -> None:
+    def broadcast(self, number: int, flat: torch.Tensor) -> None:
         """From rank 0; on a GPU it is done where the current stream stands then."""
-        self._group.broadcast(flat, 0).wait()
+        try:
+            if self._group is None:
+                self._group = self._make(PrefixStore(f"group {number}", self._store))
+            self._group.broadcast(flat, 0).wait()
+        except Exception:
+            self._group = None  # it is of no use any more
+            raise
+
+    def close(self) -> None:
+        """Without the others, who may have ended."""
+        if self._group is not None and self._device.type == "cuda":
+            self._group.abort()
+        self._group = None
+
+    def _make(self, store: PrefixStore) -> torch.distributed.Backend:
+        patience = timedelta(seconds=PATIENCE)
+        if self._device.type == "cpu":
+            return ProcessGroupGloo(store, self._rank, self._size, patience)
+        from torch.distributed import ProcessGroupNCCL  # builds for a CPU have none
+
+        torch.cuda.set_device(self._device)  # of a thread
+        options = ProcessGroupNCCL.Options()
+        options._timeout = patience
+        return ProcessGroupNCCL(store, self._rank, self._size, options)
 
 
 def _start(number: int) -> str:

@@ -13,19 +13,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 
 from rlloop.errors import RefitError
+from rlloop.refit.broadcast import PATIENCE
 from rlloop.refit.digest import digest
 from rlloop.refit.transports import Reader, Shared, make_shared, split
 from rlloop.types import Transport
 
 Named = tuple[str, torch.Tensor]
-PATIENCE = 60.0
-"""Seconds for which one side waits for the other: a worker may be behind a forward pass over long prompts."""
 
 
 class WeightsSender:
@@ -72,7 +71,11 @@ class WeightsSender:
                 self._stop_listening()  # or those who ask later would wait
             for reader in readers:
                 reader.close()
-            deque(weights, maxlen=0)  # other ranks of the trainer go on making their parts of them
+            try:
+                for bucket in self._buckets:
+                    bucket.shared.withdraw()
+            finally:
+                deque(weights, maxlen=0)  # other ranks of the trainer go on making their parts of them
 
     def close(self) -> None:
         """Give socket and memory back."""
@@ -183,14 +186,20 @@ def _tell(readers: Iterable[Connection], header: dict[str, Any] | None) -> None:
 
 
 def _wait(readers: Iterable[Connection], check_interrupt: Callable[[], None]) -> None:
+    """For all; the first that hangs up is heard at once."""
     deadline = time.monotonic() + PATIENCE
+    waiting = [*readers]
     try:
-        for reader in readers:
-            while not reader.poll(1.0):
+        while waiting:
+            ready = wait(waiting, 1.0)
+            for reader in ready:
+                assert isinstance(reader, Connection)
+                reader.recv()
+                waiting.remove(reader)
+            if not ready:
                 check_interrupt()
                 if time.monotonic() > deadline:
                     raise RefitError(f"an engine did not read the weights that it was sent within {PATIENCE:.0f} s")
-            reader.recv()
     except (EOFError, OSError) as error:
         raise _HungUp from error
 

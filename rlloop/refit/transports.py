@@ -111,6 +111,9 @@ class GpuMemory:
         """How to map it."""
         return self._location
 
+    def withdraw(self) -> None:
+        """Nothing: who reads does it alone."""
+
     def close(self) -> None:
         """Give it back."""
         self._whole = None
@@ -144,6 +147,9 @@ class HostMemory:
     def offer(self, flat: torch.Tensor) -> str:
         """The segment's path."""
         return str(self._path)
+
+    def withdraw(self) -> None:
+        """Nothing: who reads does it alone."""
 
     def close(self) -> None:
         """Remove the segment."""
@@ -235,9 +241,10 @@ class Reader:
         self._segments: dict[str, _Segment] = {}
         self._mapped: dict[str, torch.Tensor] = {}
         self._receivers: dict[str, Receiver] = {}
+        self._received = torch.empty(0, device=device)
 
     def read(self, ticket: Mapping[str, Any]) -> torch.Tensor:
-        """The flat tensor, where the transport has it: valid until the writer writes again."""
+        """The flat tensor, where the transport has it: valid until the writer writes again. A broadcast can be read once."""
         dtype: torch.dtype = getattr(torch, ticket["dtype"])
         num_elements = ticket["num_bytes"] // dtype.itemsize
         if ticket["transport"] == "disk":
@@ -247,7 +254,7 @@ class Reader:
         if ticket["transport"] == "cuda_ipc":
             return self._map(ticket["location"])[:num_elements]
         if ticket["transport"] == "broadcast":
-            return self._receive(ticket["location"], torch.empty(num_elements, dtype=dtype, device=self._device))
+            return self._receive(ticket["location"], dtype, num_elements)
         return self._attach(ticket["location"], ticket["num_bytes"]).tensor(dtype, num_elements)
 
     def _map(self, handle: str) -> torch.Tensor:
@@ -258,10 +265,14 @@ class Reader:
             self._mapped[handle] = rebuild(*arguments[:6], _gpu_index(gpu), *arguments[7:])
         return self._mapped[handle]
 
-    def _receive(self, location: str, flat: torch.Tensor) -> torch.Tensor:
+    def _receive(self, location: str, dtype: torch.dtype, num_elements: int) -> torch.Tensor:
+        """Always into the same memory, which what is recorded for it then finds there."""
         where, _, number = location.rpartition(":")
         if where not in self._receivers:
             self._receivers[where] = Receiver(where, self._device)
+        if self._received.dtype != dtype or self._received.numel() < num_elements:
+            self._received = torch.empty(num_elements, dtype=dtype, device=self._device)
+        flat = self._received[:num_elements]
         self._receivers[where].receive(int(number), flat)
         return flat
 

@@ -1,11 +1,16 @@
 """What only a GPU shows of a refit: work that is recorded as a CUDA graph."""
 
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from rlloop.refit.transports import make_writer
+from rlloop.refit.digest import digest
+from rlloop.refit.transports import Reader, make_writer
 from rlloop.types import Transport
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
@@ -28,3 +33,25 @@ def test_every_turn_sends_what_is_there_now(tmp_path: Path, transport: Transport
             assert writer.write(tensors, 2.0).digest == oracle.write(there, 2.0).digest
     finally:
         writer.close()
+
+
+_READERS: list[Reader] = []
+"""Of the process that reads."""
+
+
+def _digest_on_the_second_gpu(ticket: dict[str, Any]) -> str:
+    if not _READERS:
+        _READERS.append(Reader(torch.device("cuda", 1)))
+    with torch.cuda.stream(torch.cuda.Stream(1)):  # as an engine's worker does
+        return digest(_READERS[0].read(ticket), ticket["manifest"])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
+def test_nccl_brings_what_was_sent() -> None:
+    writer = make_writer("broadcast", "bfloat16", "")
+    with ProcessPoolExecutor(1, get_context("spawn")) as reader:
+        for size in (4097, 4097, 17, 100_000):
+            shapes = {"0.lora_A.weight": (8, size), "0.lora_B.weight": (301, 8)}
+            ticket = writer.write({name: torch.randn(shape, device="cuda") for name, shape in shapes.items()}, 2.0)
+            assert reader.submit(_digest_on_the_second_gpu, asdict(ticket)).result(60) == ticket.digest
+    writer.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 
 import pytest
 import torch
@@ -78,16 +77,45 @@ def test_what_nobody_came_for_is_given_up(sender: Broadcast, threads: ThreadPool
     workers = Workers(location, threads)
     assert [each.result(10) for each in workers.receive(location, 1)] == [[2.0]] * 2
     for late in workers.receive(old, 1):
-        with pytest.raises(RefitError, match="sends these weights no more"):
+        with pytest.raises(RefitError, match="once, and in turn"):
             late.result(10)
+    (alone,) = Workers(location, threads).receive(old, 1, 0)
+    with pytest.raises(RefitError, match="sends these no more"):
+        alone.result(10)
 
 
 def test_a_reader_without_the_others_is_not_left_waiting(
     sender: Broadcast, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(broadcast, "PATIENCE", timedelta(seconds=0.2))
+    monkeypatch.setattr(broadcast, "PATIENCE", 0.2)
     location = offer(sender, 1.0)
-    (alone,) = Workers(location, threads).receive(location, 1, 0)
+    workers = Workers(location, threads)
+    (alone,) = workers.receive(location, 1, 0)
     with pytest.raises(RefitError, match=r"not all of 2 ranks .* within 0.2 s"):
         alone.result(10)
-    sender.close()  # does not wait either
+    (late,) = workers.receive(location, 1, 1)  # does not begin without it
+    with pytest.raises(RefitError, match="not all of 2 ranks"):
+        late.result(10)
+    monkeypatch.undo()
+    location = offer(sender, 2.0)
+    assert [each.result(10) for each in workers.receive(location, 1)] == [[2.0]] * 2
+
+
+def test_a_broadcast_that_failed_is_told_once_and_the_next_is_as_before(
+    sender: Broadcast, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    location = offer(sender, 1.0)
+    workers = Workers(location, threads)
+    with monkeypatch.context() as patched:
+        patched.setattr(broadcast._Group, "_make", fail)
+        for each in workers.receive(location, 1):
+            with pytest.raises(ZeroDivisionError):
+                each.result(10)
+        with pytest.raises(RefitError, match="could not be broadcast"):
+            sender.withdraw()
+    for value in (2.0, 3.0):
+        location = offer(sender, value)
+        assert [each.result(10) for each in workers.receive(location, 1)] == [[value]] * 2

@@ -109,6 +109,21 @@ def test_a_reader_that_hangs_up_ends_it_and_all_are_made(name: str, threads: Thr
     sender.close()
 
 
+@pytest.mark.parametrize("transport", ["memory", "broadcast"])
+def test_the_others_hear_of_a_reader_that_hangs_up(
+    name: str, threads: ThreadPoolExecutor, transport: Transport
+) -> None:
+    sender = WeightsSender(transport, "float32", name, 2, bucket_bytes=4)
+    sender.listen()
+    sent = threads.submit(sender.send, iter(make_weights().items()), never)
+    found = threads.submit(read, WeightsReader(torch.device("cpu")), name)
+    WeightsReader(torch.device("cpu")).connect(name).close()
+    with pytest.raises(RefitError):
+        found.result(timeout=10)
+    sent.result(timeout=10)
+    sender.close()
+
+
 def test_a_sender_that_hangs_up_is_an_error(name: str, threads: ThreadPoolExecutor) -> None:
     sender = WeightsSender("memory", "float32", name, 1, bucket_bytes=4)
 
