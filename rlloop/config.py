@@ -59,6 +59,9 @@ class PlacementSettings(Settings):
     colocate: bool = False
     """Engines and trainer may share GPUs, and there is an engine on every one unless told otherwise; give vLLM less, as by
     --engine.gpu_memory_utilization 0.4. On a single GPU they always share."""
+    engines_a_gpu: int = Field(1, ge=1)
+    """So many engines in the place of each, on the same GPU: of a small model, one process cannot keep it busy. Each takes
+    engine.gpu_memory_utilization of it, or engine.kv_cache_gib and the weights."""
     engine_gpus: str = "auto"
     """The engines' GPUs (`0`, `0-3,6`), replicas x tensor_parallel of them."""
     trainer_gpus: str = "auto"

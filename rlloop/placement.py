@@ -32,7 +32,7 @@ class Placement:
     tensor_parallel: int = 1
     """GPUs, or processes on a CPU, of each engine."""
     engine_gpus: tuple[int, ...] = ()
-    """One engine's after the other's; like the trainer's, they count those that this process sees."""
+    """One engine's after the other's, which may be the same; like the trainer's, they count those that this process sees."""
     trainer_gpus: tuple[int, ...] = ()
     """One for each rank."""
     reason: str = ""
@@ -47,10 +47,10 @@ class Placement:
             is_plain = self.replicas == self.tensor_parallel == 1
             return f"in {self.dtype} on cores {' and '.join(cores)}" + ("" if is_plain else f", {engines}")
         if len({*self.engine_gpus, *self.trainer_gpus}) <= 1:
-            return f"in {self.dtype} on a GPU"
+            return f"in {self.dtype} on a GPU" + (f", {engines}" if self.replicas > 1 else "")
         if not self.engine_gpus:
             return f"in {self.dtype} on {_gpus(self.trainer_gpus)}"
-        where = f"{engines} on {_gpus(self.engine_gpus)}, the trainer on {_gpus(self.trainer_gpus)}"
+        where = f"{engines} on {_gpus(sorted({*self.engine_gpus}))}, the trainer on {_gpus(self.trainer_gpus)}"
         return f"in {self.dtype}, {where}" + (f" ({self.reason})" if self.reason else "")
 
     @property
@@ -77,6 +77,7 @@ def place(settings: RunSettings) -> Placement:
         return split_gpus(settings, dtype, len(visible_gpus()), lambda sizes: _smallest_fit(settings, dtype, sizes))
     for flag, is_set in (
         ("colocate", wanted.colocate),
+        ("engines-a-gpu", wanted.engines_a_gpu > 1),
         ("engine-gpus", wanted.engine_gpus != "auto"),
         ("trainer-gpus", wanted.trainer_gpus != "auto"),
     ):
@@ -170,6 +171,7 @@ def split_gpus(
     taken = every[:0] if is_shared else trainer or every[num_gpus - num_ranks :]
     free = sorted(engine or {*every}.difference(taken))
     size, why = fit(_engine_sizes(settings, len(free), is_exact=engine is not None))
+    _check_sharing(settings, size)
     replicas = wanted.replicas or len(free) // size
     engines = free[: replicas * size]
     others = [gpu for gpu in every if gpu not in engines]
@@ -180,9 +182,9 @@ def split_gpus(
         dtype,
         None,
         None,
-        replicas,
+        replicas * wanted.engines_a_gpu,
         size,
-        tuple(engines),
+        tuple(engines) * wanted.engines_a_gpu,
         tuple(sorted(trainer or (engines + others if is_shared else others)[:num_ranks])),
         "; ".join(reasons),
     )
@@ -201,6 +203,18 @@ def _engine_sizes(settings: RunSettings, num_gpus: int, *, is_exact: bool) -> li
             f"{wanted.tensor_parallel or 'any'}, got {wanted.engine_gpus!r}, which are {num_gpus}"
         )
     return exact
+
+
+def _check_sharing(settings: RunSettings, size: int) -> None:
+    """Several engines on a GPU have it to themselves, with memory for each."""
+    number, share = settings.placement.engines_a_gpu, settings.engine.gpu_memory_utilization
+    if number > 1 and size > 1:
+        raise ConfigError(f"--placement.engines-a-gpu {number}: expected engines of one GPU, got some of {size}")
+    if number > 1 and settings.engine.kv_cache_gib is None and number * share > 0.95:
+        raise ConfigError(
+            f"--placement.engines-a-gpu {number}: expected a share of the memory for each, got --engine.gpu-memory-utilization "
+            f"{share}; set at most {0.95 / number:.2f}, or --engine.kv-cache-gib"
+        )
 
 
 def _smallest_fit(settings: RunSettings, dtype: Dtype, sizes: Sequence[int]) -> tuple[int, str]:

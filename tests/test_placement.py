@@ -1,6 +1,7 @@
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,9 @@ def test_fast_bfloat16(monkeypatch: pytest.MonkeyPatch, cpuinfo: str, expected: 
 
 
 def on_gpus(num_ranks: int = 1, **placement: Any) -> RunSettings:
+    engine = {"kv_cache_gib": 1} if placement.get("engines_a_gpu", 1) > 1 else {}
     trainer = {"kind": "megatron", "megatron": {"data_parallel": num_ranks}} if num_ranks > 1 else {}
-    return RunSettings(placement=placement, trainer=trainer)
+    return RunSettings(placement=placement, trainer=trainer, engine=engine)
 
 
 def at_least(least: int, sizes: Sequence[int]) -> tuple[int, str]:
@@ -124,6 +126,8 @@ PLACEMENTS: list[tuple[int, int, int, dict[str, Any], str]] = [
     (1, 1, 1, {}, "in bfloat16 on a GPU"),
     (1, 1, 1, {"colocate": True}, "in bfloat16 on a GPU"),
     (1, 1, 1, {"engine_gpus": "0", "trainer_gpus": "0"}, "in bfloat16 on a GPU"),
+    (1, 1, 1, {"engines_a_gpu": 3}, "in bfloat16 on a GPU, 3 engines"),
+    (4, 1, 1, {"engines_a_gpu": 2, "replicas": 2}, "4 engines on GPUs 0, 1, the trainer on GPU 2"),
     (2, 1, 1, {}, "1 engine on GPU 0, the trainer on GPU 1 (as many engines as there is room for)"),
     (4, 1, 1, {}, "3 engines on GPUs 0, 1, 2, the trainer on GPU 3 (by size; as many engines as there is room for)"),
     (4, 1, 2, {}, "2 engines on GPUs 0, 1, the trainer on GPUs 2, 3 (by size; as many"),
@@ -182,6 +186,12 @@ IMPOSSIBLE: list[tuple[int, int, dict[str, Any], str]] = [
     (1, 1, {"replicas": 2}, "expected 2 GPUs, 2 for engines and 1 for the trainer, found 1"),
     (4, 1, {"replicas": 2, "tensor_parallel": 2}, "expected 5 GPUs, 4 for engines and 1 for the trainer, found 4"),
     (4, 1, {"colocate": True, "tensor_parallel": 8}, "expected 8 GPUs, 8 for engines and 1 for the trainer, found 4"),
+    (
+        4,
+        1,
+        {"tensor_parallel": 2, "engines_a_gpu": 2},
+        "--placement.engines-a-gpu 2: expected engines of one GPU, got some of 2",
+    ),
     (2, 1, {"engine_gpus": "0,1"}, "expected 3 GPUs, 2 for engines"),
     (2, 1, {"engine_gpus": "2"}, r"--placement.engine-gpus: expected GPUs among \[0, 1\], the process's own, got '2'"),
     (2, 1, {"trainer_gpus": "x"}, "--placement.trainer-gpus: expected auto or a list of GPUs such as 0-3,6, got 'x'"),
@@ -217,6 +227,15 @@ def test_what_the_gpus_cannot_do_is_refused(
         split_gpus(on_gpus(num_ranks, **wanted), "bfloat16", num_gpus, lambda sizes: at_least(1, sizes))
 
 
+@pytest.mark.parametrize(("share", "is_enough"), [(0.9, False), (0.5, False), (0.45, True)])
+def test_engines_on_one_gpu_need_memory_each(share: float, is_enough: bool) -> None:
+    settings = RunSettings(placement={"engines_a_gpu": 2}, engine={"gpu_memory_utilization": share})
+    with (
+        nullcontext() if is_enough else pytest.raises(ConfigError, match=rf"{share}; set at most 0.47, or --engine.kv")
+    ):
+        assert split_gpus(settings, "bfloat16", 1, lambda sizes: (1, "")).engine_gpus == (0, 0)
+
+
 def lists(num_gpus: int) -> st.SearchStrategy[str]:
     gpus = st.lists(st.integers(0, num_gpus - 1), min_size=1, unique=True).map(lambda found: ",".join(map(str, found)))
     return st.one_of(st.just("auto"), gpus)
@@ -229,6 +248,7 @@ def lists(num_gpus: int) -> st.SearchStrategy[str]:
     replicas=st.none() | st.integers(1, 4),
     tensor_parallel=st.none() | st.integers(1, 3),
     colocate=st.booleans(),
+    engines_a_gpu=st.integers(1, 2),
     engine_gpus=st.shared(st.integers(1, 6), key="gpus").flatmap(lists),
     trainer_gpus=st.shared(st.integers(1, 6), key="gpus").flatmap(lists),
 )
@@ -243,10 +263,10 @@ def test_a_placement_is_possible_and_as_asked(num_gpus: int, num_ranks: int, nee
         return
     engine, trainer = found.engine_gpus, found.trainer_gpus
     assert {*engine, *trainer} <= set(range(num_gpus))
-    assert len({*engine}) == len(engine) == found.replicas * found.tensor_parallel
+    assert len({*engine}) * wanted["engines_a_gpu"] == len(engine) == found.replicas * found.tensor_parallel
     assert len({*trainer}) == len(trainer) == num_ranks
     assert wanted["colocate"] or num_gpus == 1 or not {*engine} & {*trainer}
-    assert found.replicas == (wanted["replicas"] or found.replicas)
+    assert found.replicas == (wanted["replicas"] or len({*engine}) // found.tensor_parallel) * wanted["engines_a_gpu"]
     assert found.tensor_parallel == (wanted["tensor_parallel"] or found.tensor_parallel)
     for asked, got in ((wanted["engine_gpus"], engine), (wanted["trainer_gpus"], trainer)):
         assert asked == "auto" or {*map(int, asked.split(","))} == {*got}
