@@ -182,7 +182,7 @@ class RefitSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> RefitSettings:
         if self.form == "full" and self.transport == "disk":
-            raise ValueError("--refit.form full does not go through files: set --refit.transport to another than disk")
+            raise ValueError("--refit.form full goes through memory: set --refit.transport to another than disk")
         return self
 
 
