@@ -1,60 +1,95 @@
-"""vLLM's scheduler, but that the logprobs of a request's tokens leave the engine's process at its end, and not one by one.
+"""vLLM's scheduler, but that a request's tokens and their logprobs leave the engine's process at its end, and not one by one.
 
-vLLM slices, encodes, sends and unpacks three small arrays for each sampled token, which is what bounds small models.
+vLLM slices and encodes an output for each sampled token, and our process decodes it and keeps its books: that bounds small
+models, and how many engines one loop can serve.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from rlloop.engine.tally import Tally
+
 SCHEDULER = f"{__name__}.make_scheduler"
-LOGPROBS_AT_THE_END = "logprobs_at_the_end"
+OUTPUTS_AT_THE_END = "outputs_at_the_end"
 """In a request's `extra_args`. Not for one that may end elsewhere and be read nevertheless, by an abort or at a stop string: what
 is held goes with it."""
+TALLY = "RLLOOP_TALLY"
+"""Environment variable: where the engine's `Tally` is."""
 
 
 def make_scheduler(vllm_config: Any, **arguments: Any) -> Any:
-    """What vLLM calls to make its scheduler: its own, with logprobs held back."""
+    """What vLLM calls to make its scheduler: its own, with outputs held back."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
     base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
-    return type(base.__name__, (HoldsLogprobs, base), {})(vllm_config=vllm_config, **arguments)
+    scheduler: Any = type(base.__name__, (HoldsOutputs, base), {})(vllm_config=vllm_config, **arguments)
+    scheduler.tally = Tally(os.environ[TALLY])
+    return scheduler
 
 
-class HoldsLogprobs:
+class HoldsOutputs:
     """Mixed into a scheduler."""
 
     requests: dict[str, Any]
+    tally: Tally
+    _last_step = 0.0
+    _goes_on = False
+    """Whether a request that got a token then gets more."""
 
     def add_request(self, request: Any) -> None:
-        """vLLM's, and whether this one's logprobs are held back."""
+        """vLLM's, and whether this one's outputs are held back."""
         wants = (request.sampling_params and request.sampling_params.extra_args) or ()
-        request.held_logprobs = array("f") if LOGPROBS_AT_THE_END in wants else None
+        request.held_logprobs = array("f") if OUTPUTS_AT_THE_END in wants else None
+        request.num_sent = 0
         super().add_request(request)  # type: ignore[misc]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """vLLM's, whose outputs have no logprobs of requests that want them at the end, but all of them there."""
-        step = None
-        if model_runner_output.logprobs is not None:
-            # Here, for vLLM forgets those that end.
-            requests = [self.requests.get(name) for name in model_runner_output.req_ids]
-            step = model_runner_output.logprobs = _Step(model_runner_output.logprobs, requests)
+        """vLLM's, but of requests that want it so only the first token goes out at once, for the time at which it came."""
+        # Here, for vLLM forgets those that end.
+        requests = {name: self.requests.get(name) for name in model_runner_output.req_ids}
+        lists = model_runner_output.logprobs
+        if lists is not None:
+            model_runner_output.logprobs = _Logprobs(lists, [*requests.values()])
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-        if step is not None:
-            for each in outputs.values():
-                for output in each.outputs:
-                    index = model_runner_output.req_id_to_index.get(output.request_id)
-                    if output.finish_reason is not None and index is not None:
-                        step.hand_over(output, index)
+        self._count([output for each in outputs.values() for output in each.outputs])
+        for each in outputs.values():
+            each.outputs = [output for output in each.outputs if _is_sent(output, requests, type(lists))]
         return outputs
 
+    def _count(self, outputs: Sequence[Any]) -> None:
+        if num_tokens := sum(len(output.new_token_ids) for output in outputs):
+            now = time.monotonic()
+            self.tally.add(num_tokens, now - self._last_step if self._goes_on else 0.0)
+            self._last_step = now
+            self._goes_on = any(output.finish_reason is None for output in outputs)
 
-class _Step:
+
+def _is_sent(output: Any, requests: Mapping[str, Any], lists_type: Any) -> bool:
+    """Now; one that ends brings all that was held back. Nobody reads the ranks, which vLLM wants to see."""
+    request = requests.get(output.request_id)
+    if request is None or request.held_logprobs is None:
+        return True
+    if output.finish_reason is None:
+        is_first = not request.num_sent
+        request.num_sent = request.num_sent or len(output.new_token_ids)
+        return is_first
+    tokens = request.output_token_ids[:]
+    output.new_token_ids = tokens[request.num_sent :]
+    if request.held_logprobs:
+        ids, logprobs = np.array(tokens), np.array(request.held_logprobs)
+        output.new_logprobs = lists_type(ids[:, None], logprobs[:, None], np.zeros_like(ids))
+    return True
+
+
+class _Logprobs:
     """In the place of one step's LogprobsLists: vLLM asks it for those of each request's tokens that it keeps."""
 
     def __init__(self, lists: Any, requests: Sequence[Any]) -> None:
@@ -71,10 +106,3 @@ class _Step:
         start = self._starts[index] if self._starts else index
         held.extend(self._logprobs[start : start + number])
         return None
-
-    def hand_over(self, output: Any, index: int) -> None:
-        """Give a request that ends all that was held back of it. Nobody reads the ranks, which vLLM wants to see."""
-        request = self._requests[index]
-        if request.held_logprobs:
-            tokens, logprobs = np.array(request.output_token_ids), np.array(request.held_logprobs)
-            output.new_logprobs = type(self._lists)(tokens[:, None], logprobs[:, None], np.zeros_like(tokens))

@@ -17,7 +17,8 @@ import numpy as np
 from rlloop.config import EngineSettings
 from rlloop.engine import vllm_arguments, vllm_compat
 from rlloop.engine.flights import HOPPING, HOPPING_ID, Flight, Flights, Swap, continued, joined
-from rlloop.engine.scheduler import LOGPROBS_AT_THE_END, SCHEDULER
+from rlloop.engine.scheduler import OUTPUTS_AT_THE_END, SCHEDULER, TALLY
+from rlloop.engine.tally import Tally
 from rlloop.errors import EngineError, RefitError
 from rlloop.models import weight_bytes
 from rlloop.processes import blocked_signals, environment
@@ -45,6 +46,7 @@ class VllmEngine:
         self,
         llm: Any,
         load: vllm_compat.Load,
+        tally: Tally,
         max_model_len: int,
         log_path: Path,
         *,
@@ -53,6 +55,7 @@ class VllmEngine:
     ) -> None:
         self._llm = llm
         self._load = load
+        self._tally = tally
         self._max_model_len = max_model_len
         self._last_words = f"the vLLM engine process died; its last words are in {log_path}"
         self._form = form
@@ -95,7 +98,7 @@ class VllmEngine:
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
             # Not of what restarts, whose tokens before the abort are read, nor where vLLM's front end is who finds the end.
-            extra_args=None if request.in_flight == "restart" or request.stop else {LOGPROBS_AT_THE_END: True},
+            extra_args=None if request.in_flight == "restart" or request.stop else {OUTPUTS_AT_THE_END: True},
         )
         prompt = TokensPrompt(prompt_token_ids=list(request.tokens))
         version = request.policy_version if request.in_flight == "finish" else self._newest
@@ -168,18 +171,18 @@ class VllmEngine:
         """See `Engine.statistics`."""
         running = time.monotonic() - self._busy_since if self._num_in_flight else 0.0
         return EngineStatistics(
-            num_generated_tokens=self._load.num_generated_tokens,
+            num_generated_tokens=self._tally.num_tokens,
             busy_seconds=self._busy_seconds + running,
             num_running=self._load.num_running,
             num_waiting=self._load.num_waiting,
             kv_cache_usage=self._load.kv_cache_usage,
-            longest_gap_seconds=self._load.longest_gap_seconds,
+            longest_gap_seconds=self._tally.longest_gap_seconds,
             first_token_seconds=dict(self._first_token_seconds),
         )
 
     def reset_longest_gap(self) -> None:
         """See `Engine.reset_longest_gap`."""
-        self._load.longest_gap_seconds = 0.0
+        self._tally.reset_longest_gap()
 
     async def _restart_stale(self) -> None:
         stale = self._flights.to_restart(self._newest)
@@ -322,12 +325,13 @@ async def start_vllm(
     "hop", which takes one more slot. `cores`: where it computes on a CPU; None means GPUs, `gpus` of those that this process
     sees, or the first. `tensor_parallel`: how many GPUs, or processes on a CPU, share the layers.
     """
-    load = vllm_compat.Load()
+    load, tally = vllm_compat.Load(), Tally()
     abandoned = Event()
 
     def create() -> Any:
         # Ctrl-C goes to the whole process group; the engine must outlive it, since it is the loop that stops the run.
-        with _STARTING, blocked_signals(signal.SIGINT), environment(**vllm_arguments.gpu_order(gpus)):
+        variables = {TALLY: tally.location, **vllm_arguments.gpu_order(gpus)}
+        with _STARTING, blocked_signals(signal.SIGINT), environment(**variables):
             from vllm import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -360,7 +364,8 @@ async def start_vllm(
         abandoned.set()  # the thread cannot be stopped
         raise
     try:
-        yield VllmEngine(llm, load, settings.max_model_len, log_path, serves_hops=serves_hops, form=form)
+        yield VllmEngine(llm, load, tally, settings.max_model_len, log_path, serves_hops=serves_hops, form=form)
     finally:
         llm.shutdown()
+        tally.close()
         llm.shutdown = lambda *_: None  # its __del__ would call it again, when the interpreter has taken vLLM apart

@@ -68,11 +68,9 @@ def is_death(error: Exception) -> bool:
 class Load:
     """What vLLM's statistics say, kept up to date by `load_recorder`."""
 
-    num_generated_tokens: int = 0
     num_running: int = 0
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
-    longest_gap_seconds: float = 0.0
 
 
 def load_recorder(load: Load) -> Callable[..., Any]:
@@ -88,10 +86,6 @@ def load_recorder(load: Load) -> Callable[..., Any]:
                 load.num_running = scheduler_stats.num_running_reqs
                 load.num_waiting = scheduler_stats.num_waiting_reqs
                 load.kv_cache_usage = scheduler_stats.kv_cache_usage
-            if iteration_stats is not None:
-                load.num_generated_tokens += iteration_stats.num_generation_tokens
-                gaps = iteration_stats.inter_token_latencies_iter
-                load.longest_gap_seconds = max(load.longest_gap_seconds, max(gaps, default=0.0))
 
         def log_engine_initialized(self) -> None:
             pass

@@ -1,4 +1,4 @@
-"""Logprobs that are held back until a request ends, against a stand-in for vLLM's scheduler that sends each token's at once."""
+"""Outputs that are held back until a request ends, against a stand-in for vLLM's scheduler that sends each token's at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from rlloop.engine.scheduler import LOGPROBS_AT_THE_END, HoldsLogprobs
+from rlloop.engine.scheduler import OUTPUTS_AT_THE_END, HoldsOutputs
+from rlloop.engine.tally import Tally
 
 
 class FakeLists(NamedTuple):
@@ -27,10 +28,13 @@ class FakeLists(NamedTuple):
 class FakeScheduler:
     """What vLLM's does with logprobs, in the order in which it does it: requests that end are forgotten first."""
 
+    tally: Tally
+
     def __init__(self, *late: str, at_once: tuple[str, ...] = ()) -> None:
         self.requests: dict[str, Any] = {}
+        self.tally = Tally()
         for name in (*late, *at_once):
-            params = SimpleNamespace(extra_args={LOGPROBS_AT_THE_END: True} if name in late else None)
+            params = SimpleNamespace(extra_args={OUTPUTS_AT_THE_END: True} if name in late else None)
             self.add_request(SimpleNamespace(request_id=name, sampling_params=params, output_token_ids=[]))
 
     def add_request(self, request: Any) -> None:
@@ -46,11 +50,14 @@ class FakeScheduler:
                 del self.requests[name]
             logprobs = output.logprobs.slice_request(index, output.num_kept[index]) if output.logprobs else None
             reason = "length" if name in ended else None
-            outputs.append(SimpleNamespace(request_id=name, finish_reason=reason, new_logprobs=logprobs))
+            tokens = output.sampled_token_ids[index][: output.num_kept[index]]
+            outputs.append(
+                SimpleNamespace(request_id=name, finish_reason=reason, new_logprobs=logprobs, new_token_ids=tokens)
+            )
         return {0: SimpleNamespace(outputs=outputs)}
 
 
-class Scheduler(HoldsLogprobs, FakeScheduler):
+class Scheduler(HoldsOutputs, FakeScheduler):
     pass
 
 
@@ -67,33 +74,67 @@ def step(
     output.req_id_to_index = {name: index for index, name in enumerate(sampled)}
     output.sampled_token_ids = [*sampled.values()]
     found = scheduler.update_from_output({*ended}, output)
-    return {each.request_id: each.new_logprobs for each in found[0].outputs}
+    return {each.request_id: each for each in found[0].outputs}
 
 
-def check(lists: Any, *tokens: int) -> None:
-    assert lists.logprob_token_ids.tolist() == [[token] for token in tokens]
-    assert lists.logprobs.tolist() == [[-token] for token in tokens]
-    assert len(lists.sampled_token_ranks) == len(tokens)
+def check(output: Any, tokens: list[int], logprobs_of: list[int] | None) -> None:
+    assert output.new_token_ids == tokens
+    if logprobs_of is None:
+        assert output.new_logprobs is None
+        return
+    assert output.new_logprobs.logprob_token_ids.tolist() == [[token] for token in logprobs_of]
+    assert output.new_logprobs.logprobs.tolist() == [[-token] for token in logprobs_of]
+    assert len(output.new_logprobs.sampled_token_ranks) == len(logprobs_of)
 
 
-def test_they_come_at_the_end_all_at_once() -> None:
+def test_the_first_token_is_sent_and_the_rest_at_the_end() -> None:
     scheduler = Scheduler("a", "b")
-    assert step(scheduler, {"a": [3], "b": [4]}) == {"a": None, "b": None}
-    assert step(scheduler, {"b": [5], "a": [6]}) == {"a": None, "b": None}
+    found = step(scheduler, {"a": [3], "b": [4]})
+    check(found["a"], [3], None)
+    check(found["b"], [4], None)
+    assert step(scheduler, {"b": [5], "a": [6]}) == {}
     found = step(scheduler, {"a": [7], "b": [8]}, ended="a")
-    assert found["b"] is None
-    check(found["a"], 3, 6, 7)
-    check(step(scheduler, {"b": [9]}, ended="b")["b"], 4, 5, 8, 9)
+    assert [*found] == ["a"]
+    check(found["a"], [6, 7], [3, 6, 7])
+    check(step(scheduler, {"b": [9]}, ended="b")["b"], [5, 8, 9], [4, 5, 8, 9])
+
+
+def test_one_of_a_single_token_comes_whole() -> None:
+    check(step(Scheduler("a"), {"a": [3]}, ended="a")["a"], [3], [3])
 
 
 def test_others_get_them_at_once() -> None:
     scheduler = Scheduler("a", at_once=("b",))
     found = step(scheduler, {"a": [3], "b": [4]})
-    assert found["a"] is None
-    check(found["b"], 4)
+    check(found["a"], [3], None)
+    check(found["b"], [4], [4])
     found = step(scheduler, {"a": [5], "b": [6]}, ended="ab")
-    check(found["a"], 3, 5)
-    check(found["b"], 6)
+    check(found["a"], [5], [3, 5])
+    check(found["b"], [6], [6])
+
+
+def test_what_is_sampled_is_counted_when_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("rlloop.engine.scheduler.time.monotonic", lambda: now[0])
+    scheduler = Scheduler("a", at_once=("b",))
+    tally = Tally(scheduler.tally.location)  # as another process sees it
+    step(scheduler, {"a": [3, 4], "b": [5]})
+    assert (tally.num_tokens, tally.longest_gap_seconds) == (3, 0.0)
+    now[0] += 0.5
+    step(scheduler, {"a": [6]}, ended="a")
+    now[0] += 0.25
+    step(scheduler, {"b": [7]})
+    assert (tally.num_tokens, tally.longest_gap_seconds) == (5, 0.5)
+    tally.reset_longest_gap()
+    now[0] += 0.125
+    step(scheduler, {"b": [8]}, ended="b")
+    assert tally.longest_gap_seconds == 0.125
+    now[0] += 9.0  # nobody waits for a token
+    scheduler.add_request(SimpleNamespace(request_id="c", sampling_params=None, output_token_ids=[]))
+    step(scheduler, {"c": [1]})
+    assert (tally.num_tokens, tally.longest_gap_seconds) == (7, 0.125)
+    tally.close()
+    scheduler.tally.close()
 
 
 @pytest.mark.parametrize("kept", [0, 1])
@@ -102,12 +143,13 @@ def test_only_of_the_tokens_that_are_kept(kept: int) -> None:
     scheduler = Scheduler("a", "b")
     step(scheduler, {"a": [3, 4], "b": [5]})
     step(scheduler, {"a": [6, 7], "b": [8]}, kept=kept)
-    check(step(scheduler, {"a": [9], "b": [2]}, ended="a")["a"], 3, 4, *[6, 7][:kept], 9)
+    rest = [*[6, 7][:kept], 9]
+    check(step(scheduler, {"a": [9], "b": [2]}, ended="a")["a"], rest, [3, 4, *rest])
 
 
 def test_requests_that_are_gone_are_passed_over() -> None:
     scheduler = Scheduler("a")
-    check(step(scheduler, {"gone": [1], "a": [3]}, ended="a")["a"], 3)
+    check(step(scheduler, {"gone": [1], "a": [3]}, ended="a")["a"], [3], [3])
 
 
 def test_a_step_without_logprobs_is_vllms() -> None:
