@@ -206,14 +206,14 @@ def _engine_sizes(settings: RunSettings, num_gpus: int, *, is_exact: bool) -> li
 
 
 def _check_sharing(settings: RunSettings, size: int) -> None:
-    """Several engines on a GPU have it to themselves, with memory for each."""
+    """Of a GPU that engines share, with each other or with a trainer too, each needs its part."""
     number, share = settings.placement.engines_a_gpu, settings.engine.gpu_memory_utilization
     if number > 1 and size > 1:
         raise ConfigError(f"--placement.engines-a-gpu {number}: expected engines of one GPU, got some of {size}")
     if number > 1 and settings.engine.kv_cache_gib is None and number * share > 0.95:
         raise ConfigError(
             f"--placement.engines-a-gpu {number}: expected a share of the memory for each, got --engine.gpu-memory-utilization "
-            f"{share}; set at most {0.95 / number:.2f}, or --engine.kv-cache-gib"
+            f"{share}; set at most {95 // number / 100:.2f}, or --engine.kv-cache-gib"
         )
 
 

@@ -1,7 +1,6 @@
 import json
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -227,13 +226,20 @@ def test_what_the_gpus_cannot_do_is_refused(
         split_gpus(on_gpus(num_ranks, **wanted), "bfloat16", num_gpus, lambda sizes: at_least(1, sizes))
 
 
-@pytest.mark.parametrize(("share", "is_enough"), [(0.9, False), (0.5, False), (0.45, True)])
-def test_engines_on_one_gpu_need_memory_each(share: float, is_enough: bool) -> None:
-    settings = RunSettings(placement={"engines_a_gpu": 2}, engine={"gpu_memory_utilization": share})
-    with (
-        nullcontext() if is_enough else pytest.raises(ConfigError, match=rf"{share}; set at most 0.47, or --engine.kv")
-    ):
-        assert split_gpus(settings, "bfloat16", 1, lambda sizes: (1, "")).engine_gpus == (0, 0)
+@pytest.mark.parametrize("number", range(2, 9))
+def test_engines_on_one_gpu_need_memory_each(number: int) -> None:
+    def place(share: float) -> Placement:
+        settings = RunSettings(placement={"engines_a_gpu": number}, engine={"gpu_memory_utilization": share})
+        return split_gpus(settings, "bfloat16", 1, lambda sizes: (1, ""))
+
+    with pytest.raises(
+        ConfigError, match=r"got --engine.gpu-memory-utilization 0.9; set at most 0\.\d\d, or"
+    ) as refused:
+        place(0.9)
+    advice = float(str(refused.value).split("at most ")[1].split(",")[0])
+    assert place(advice).engine_gpus == (0,) * number
+    with pytest.raises(ConfigError):
+        place(advice + 0.01)
 
 
 def lists(num_gpus: int) -> st.SearchStrategy[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,53 +40,58 @@ class HoldsOutputs:
 
     requests: dict[str, Any]
     tally: Tally
-    _last_step = 0.0
-    _goes_on = False
-    """Whether a request that got a token then gets more."""
 
     def add_request(self, request: Any) -> None:
         """vLLM's, and whether this one's outputs are held back."""
         wants = (request.sampling_params and request.sampling_params.extra_args) or ()
         request.held_logprobs = array("f") if OUTPUTS_AT_THE_END in wants else None
         request.num_sent = 0
+        request.last_token_at = None
         super().add_request(request)  # type: ignore[misc]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """vLLM's, but of requests that want it so only the first token goes out at once, for the time at which it came."""
+        """vLLM's, but of requests that want it so only the first token goes out at once, for the time at which it came; and where
+        nothing is left there is no message."""
         # Here, for vLLM forgets those that end.
         requests = {name: self.requests.get(name) for name in model_runner_output.req_ids}
         lists = model_runner_output.logprobs
         if lists is not None:
             model_runner_output.logprobs = _Logprobs(lists, [*requests.values()])
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-        self._count([output for each in outputs.values() for output in each.outputs])
         for each in outputs.values():
-            each.outputs = [output for output in each.outputs if _is_sent(output, requests, type(lists))]
-        return outputs
+            each.outputs = self._to_send(each.outputs, requests, type(lists))
+            if (load := each.scheduler_stats) is not None:
+                self.tally.set_load(load.num_running_reqs, load.num_waiting_reqs, load.kv_cache_usage)
+        return {client: each for client, each in outputs.items() if each.outputs or each.finished_requests}
 
-    def _count(self, outputs: Sequence[Any]) -> None:
-        if num_tokens := sum(len(output.new_token_ids) for output in outputs):
-            now = time.monotonic()
-            self.tally.add(num_tokens, now - self._last_step if self._goes_on else 0.0)
-            self._last_step = now
-            self._goes_on = any(output.finish_reason is None for output in outputs)
+    def _to_send(self, outputs: Iterable[Any], requests: Mapping[str, Any], lists_type: Any) -> list[Any]:
+        sent, num_tokens, gap, now = [], 0, 0.0, time.monotonic()
+        for output in outputs:
+            request = requests.get(output.request_id)
+            if request is not None:
+                if output.new_token_ids:
+                    num_tokens += len(output.new_token_ids)
+                    gap = max(gap, now - (request.last_token_at or now))
+                    request.last_token_at = now
+                if request.held_logprobs is not None:
+                    if output.finish_reason is not None:
+                        _hand_over(request, output, lists_type)
+                    elif request.num_sent:
+                        continue
+                    else:
+                        request.num_sent = len(output.new_token_ids)
+            sent.append(output)
+        self.tally.add(num_tokens, gap)
+        return sent
 
 
-def _is_sent(output: Any, requests: Mapping[str, Any], lists_type: Any) -> bool:
-    """Now; one that ends brings all that was held back. Nobody reads the ranks, which vLLM wants to see."""
-    request = requests.get(output.request_id)
-    if request is None or request.held_logprobs is None:
-        return True
-    if output.finish_reason is None:
-        is_first = not request.num_sent
-        request.num_sent = request.num_sent or len(output.new_token_ids)
-        return is_first
+def _hand_over(request: Any, output: Any, lists_type: Any) -> None:
+    """All that was held back of a request that ends. Nobody reads the ranks, which vLLM wants to see."""
     tokens = request.output_token_ids[:]
     output.new_token_ids = tokens[request.num_sent :]
     if request.held_logprobs:
         ids, logprobs = np.array(tokens), np.array(request.held_logprobs)
         output.new_logprobs = lists_type(ids[:, None], logprobs[:, None], np.zeros_like(ids))
-    return True
 
 
 class _Logprobs:

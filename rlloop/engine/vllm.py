@@ -45,7 +45,6 @@ class VllmEngine:
     def __init__(
         self,
         llm: Any,
-        load: vllm_compat.Load,
         tally: Tally,
         max_model_len: int,
         log_path: Path,
@@ -54,7 +53,6 @@ class VllmEngine:
         form: RefitForm = "adapter",
     ) -> None:
         self._llm = llm
-        self._load = load
         self._tally = tally
         self._max_model_len = max_model_len
         self._last_words = f"the vLLM engine process died; its last words are in {log_path}"
@@ -173,9 +171,9 @@ class VllmEngine:
         return EngineStatistics(
             num_generated_tokens=self._tally.num_tokens,
             busy_seconds=self._busy_seconds + running,
-            num_running=self._load.num_running,
-            num_waiting=self._load.num_waiting,
-            kv_cache_usage=self._load.kv_cache_usage,
+            num_running=self._tally.num_running,
+            num_waiting=self._tally.num_waiting,
+            kv_cache_usage=self._tally.kv_cache_usage,
             longest_gap_seconds=self._tally.longest_gap_seconds,
             first_token_seconds=dict(self._first_token_seconds),
         )
@@ -325,7 +323,7 @@ async def start_vllm(
     "hop", which takes one more slot. `cores`: where it computes on a CPU; None means GPUs, `gpus` of those that this process
     sees, or the first. `tensor_parallel`: how many GPUs, or processes on a CPU, share the layers.
     """
-    load, tally = vllm_compat.Load(), Tally()
+    tally = Tally()
     abandoned = Event()
 
     def create() -> Any:
@@ -350,7 +348,7 @@ async def start_vllm(
             )
             if abandoned.is_set():  # while vLLM was imported, which takes seconds
                 return None
-            llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[vllm_compat.load_recorder(load)])
+            llm = AsyncLLM.from_engine_args(arguments)
             if abandoned.is_set():
                 llm.shutdown()
             return llm
@@ -364,8 +362,7 @@ async def start_vllm(
         abandoned.set()  # the thread cannot be stopped
         raise
     try:
-        yield VllmEngine(llm, load, tally, settings.max_model_len, log_path, serves_hops=serves_hops, form=form)
+        yield VllmEngine(llm, tally, settings.max_model_len, log_path, serves_hops=serves_hops, form=form)
     finally:
         llm.shutdown()
-        tally.close()
         llm.shutdown = lambda *_: None  # its __del__ would call it again, when the interpreter has taken vLLM apart

@@ -76,6 +76,8 @@ def set_environment(
     config_path.write_text(json.dumps(logging_config))
     os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(config_path.resolve())
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    # After so many the event loop gets a turn; an output is a whole completion.
+    os.environ["VLLM_V1_OUTPUT_PROC_CHUNK_SIZE"] = "4"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if cores is not None:

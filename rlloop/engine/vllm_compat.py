@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,32 +60,3 @@ def is_death(error: Exception) -> bool:
     from vllm.v1.engine.exceptions import EngineDeadError
 
     return isinstance(error, EngineDeadError) or str(error).endswith((": cancelled", ": Executor failed."))
-
-
-@dataclass
-class Load:
-    """What vLLM's statistics say, kept up to date by `load_recorder`."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    kv_cache_usage: float = 0.0
-
-
-def load_recorder(load: Load) -> Callable[..., Any]:
-    """A stat logger factory that writes into `load`. vLLM does not promise the fields that it reads to be stable."""
-    from vllm.v1.metrics.loggers import StatLoggerBase
-
-    class Recorder(StatLoggerBase):
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            pass
-
-        def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
-            if scheduler_stats is not None:
-                load.num_running = scheduler_stats.num_running_reqs
-                load.num_waiting = scheduler_stats.num_waiting_reqs
-                load.kv_cache_usage = scheduler_stats.kv_cache_usage
-
-        def log_engine_initialized(self) -> None:
-            pass
-
-    return Recorder

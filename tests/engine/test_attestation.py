@@ -11,7 +11,6 @@ import pytest
 
 from rlloop.engine.tally import Tally
 from rlloop.engine.vllm import VllmEngine
-from rlloop.engine.vllm_compat import Load
 from rlloop.errors import EngineError, RefitError
 from rlloop.refit.slots import Slots
 from rlloop.types import AdapterTicket, GenerationRequest
@@ -54,7 +53,7 @@ class FakeLlm:
 )
 async def test_one_rank_is_enough_to_refuse_a_version(rank_1: dict[str, Any], message: str) -> None:
     llm = FakeLlm()
-    engine = VllmEngine(llm, Load(), Tally(), 100, Path("engine.log"))
+    engine = VllmEngine(llm, Tally(), 100, Path("engine.log"))
     await engine.publish(4, TICKET)
     llm.ranks = [RIGHT, rank_1]
     with pytest.raises(RefitError, match=f"policy version 5: {message}"):
@@ -66,7 +65,7 @@ async def test_one_rank_is_enough_to_refuse_a_version(rank_1: dict[str, Any], me
 
 async def test_a_version_that_is_refused_because_it_is_there_stays() -> None:
     llm = FakeLlm()
-    engine = VllmEngine(llm, Load(), Tally(), 100, Path("engine.log"))
+    engine = VllmEngine(llm, Tally(), 100, Path("engine.log"))
     await engine.publish(4, TICKET)
     llm.ranks = [{"error": "loaded already"}] * 2
     with pytest.raises(RefitError, match="loaded already"):
@@ -76,7 +75,7 @@ async def test_a_version_that_is_refused_because_it_is_there_stays() -> None:
 
 async def test_a_retire_that_was_cancelled_can_be_made_up_for() -> None:
     llm = FakeLlm()
-    engine = VllmEngine(llm, Load(), Tally(), 100, Path("engine.log"))
+    engine = VllmEngine(llm, Tally(), 100, Path("engine.log"))
     await engine.publish(4, TICKET)
     with anyio.CancelScope() as scope:
         scope.cancel()
@@ -86,7 +85,7 @@ async def test_a_retire_that_was_cancelled_can_be_made_up_for() -> None:
 
 
 async def test_stop_strings_and_restarts_exclude_each_other() -> None:
-    engine = VllmEngine(FakeLlm(), Load(), Tally(), 100, Path("engine.log"))
+    engine = VllmEngine(FakeLlm(), Tally(), 100, Path("engine.log"))
     await engine.publish(4, TICKET)
     with pytest.raises(EngineError, match="stop strings cannot restart"):
         await engine.generate(GenerationRequest((1,), 4, max_tokens=1, stop=("\n",), in_flight="restart"))

@@ -54,7 +54,8 @@ class FakeScheduler:
             outputs.append(
                 SimpleNamespace(request_id=name, finish_reason=reason, new_logprobs=logprobs, new_token_ids=tokens)
             )
-        return {0: SimpleNamespace(outputs=outputs)}
+        load = SimpleNamespace(num_running_reqs=len(self.requests), num_waiting_reqs=2, kv_cache_usage=0.5)
+        return {0: SimpleNamespace(outputs=outputs, scheduler_stats=load, finished_requests=None)}
 
 
 class Scheduler(HoldsOutputs, FakeScheduler):
@@ -74,7 +75,7 @@ def step(
     output.req_id_to_index = {name: index for index, name in enumerate(sampled)}
     output.sampled_token_ids = [*sampled.values()]
     found = scheduler.update_from_output({*ended}, output)
-    return {each.request_id: each for each in found[0].outputs}
+    return {each.request_id: each for message in found.values() for each in message.outputs}
 
 
 def check(output: Any, tokens: list[int], logprobs_of: list[int] | None) -> None:
@@ -120,21 +121,28 @@ def test_what_is_sampled_is_counted_when_it_is(monkeypatch: pytest.MonkeyPatch) 
     tally = Tally(scheduler.tally.location)  # as another process sees it
     step(scheduler, {"a": [3, 4], "b": [5]})
     assert (tally.num_tokens, tally.longest_gap_seconds) == (3, 0.0)
+    assert (tally.num_running, tally.num_waiting, tally.kv_cache_usage) == (2, 2, 0.5)
     now[0] += 0.5
     step(scheduler, {"a": [6]}, ended="a")
     now[0] += 0.25
-    step(scheduler, {"b": [7]})
-    assert (tally.num_tokens, tally.longest_gap_seconds) == (5, 0.5)
+    step(scheduler, {"b": [7]})  # which had to wait
+    assert (tally.num_tokens, tally.longest_gap_seconds, tally.num_running) == (5, 0.75, 1)
     tally.reset_longest_gap()
     now[0] += 0.125
-    step(scheduler, {"b": [8]}, ended="b")
+    step(scheduler, {"b": [8]})
     assert tally.longest_gap_seconds == 0.125
-    now[0] += 9.0  # nobody waits for a token
+    del scheduler.requests["b"]  # aborted: nobody waits for a token
+    now[0] += 9.0
     scheduler.add_request(SimpleNamespace(request_id="c", sampling_params=None, output_token_ids=[]))
     step(scheduler, {"c": [1]})
     assert (tally.num_tokens, tally.longest_gap_seconds) == (7, 0.125)
-    tally.close()
-    scheduler.tally.close()
+
+
+def test_where_nothing_is_left_there_is_no_message() -> None:
+    scheduler = Scheduler("a")
+    step(scheduler, {"a": [3]})
+    output = SimpleNamespace(req_ids=["a"], logprobs=None, num_kept=[1], sampled_token_ids=[[4]])
+    assert scheduler.update_from_output(set(), output) == {}
 
 
 @pytest.mark.parametrize("kept", [0, 1])
