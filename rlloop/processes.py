@@ -43,19 +43,14 @@ def guard(grace: float = 1.0) -> Iterator[str]:
     killed itself, they are killed at once. Shared memory segments named `shared_memory_prefix(mark)...` are removed.
     """
     marker = uuid.uuid4().hex
-    before = {name: os.environ.get(name) for name in (VARIABLE, "SPT_NOENV")}
     guardian = _start_guardian(marker)
     mark = os.memfd_create(f"rlloop-{marker}")
-    os.environ[VARIABLE] = marker
-    os.environ["SPT_NOENV"] = "1"  # else setproctitle, which vLLM uses, overwrites what /proc/<pid>/environ shows
+    # Without SPT_NOENV setproctitle, which vLLM uses, overwrites what /proc/<pid>/environ shows.
+    variables = {VARIABLE: marker, "SPT_NOENV": "1"}
     try:
-        yield marker
+        with environment(**variables):
+            yield marker
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
         survivors = kill_marked(marker, grace)
         os.close(mark)
         assert guardian.stdin is not None

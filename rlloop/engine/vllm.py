@@ -328,8 +328,11 @@ async def start_vllm(
 
     def create() -> Any:
         # Ctrl-C goes to the whole process group; the engine must outlive it, since it is the loop that stops the run.
-        variables = {TALLY: tally.location, **vllm_arguments.gpu_order(gpus)}
-        with _STARTING, blocked_signals(signal.SIGINT), environment(**variables):
+        with (
+            _STARTING,
+            blocked_signals(signal.SIGINT),
+            environment(**{TALLY: tally.location, **vllm_arguments.gpu_order(gpus)}),
+        ):
             from vllm import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
