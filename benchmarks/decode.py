@@ -34,7 +34,7 @@ from rlloop.placement import place, resolve_dtype
 from rlloop.processes import shared_memory_prefix
 from rlloop.refit.transports import Writer, make_writer
 from rlloop.run import run
-from rlloop.types import GenerationRequest
+from rlloop.types import GenerationRequest, LoraConfig
 
 CUDA = torch.cuda.is_available()
 NUM_TOKENS = 256 if CUDA else 32
@@ -85,7 +85,7 @@ async def measure_model(
             str(model),
             engine_settings,
             dtype=dtype,
-            lora_rank=options.rank,
+            lora=LoraConfig(rank=options.rank),
             num_versions=3,
             cores=placement.engine_cores,
         )

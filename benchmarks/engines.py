@@ -35,6 +35,7 @@ from rlloop.placement import divide, place, resolve_dtype, visible_gpus
 from rlloop.processes import shared_memory_prefix
 from rlloop.refit.transports import make_writer
 from rlloop.run import run
+from rlloop.types import LoraConfig
 
 CUDA = torch.cuda.is_available()
 RANK = 32
@@ -73,7 +74,9 @@ async def measure_model(
     settings.run_dir.mkdir(exist_ok=True)
     dtype = resolve_dtype(settings)
     counts = [count for count in (1, 2, 4) if count <= (len(visible_gpus()) if CUDA else 2)]
-    start = partial(start_vllm, str(model), settings_for(options), dtype=dtype, lora_rank=RANK, num_versions=2)
+    start = partial(
+        start_vllm, str(model), settings_for(options), dtype=dtype, lora=LoraConfig(rank=RANK), num_versions=2
+    )
     writer = make_writer("memory", dtype, f"{shared_memory_prefix(marker)}engines")
     ticket = writer.write(random_adapter(model, RANK), 1.0)
     meter = Meter(ticket, options.requests, options.rounds)

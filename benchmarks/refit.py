@@ -196,7 +196,7 @@ async def measure_case(
             model,
             EngineSettings(max_model_len=NUM_TOKENS + 80, max_num_seqs=max(STREAMS), kv_cache_gib=options.kv_cache_gib),
             dtype=dtype,
-            lora_rank=rank,
+            lora=LoraConfig(rank=rank),
             num_versions=NUM_VERSIONS,
             log_path=settings.run_dir / "engine.log",
             cores=placement.engine_cores,

@@ -26,6 +26,7 @@ from rlloop.models import resolve_model
 from rlloop.placement import Placement, place
 from rlloop.processes import shared_memory_prefix
 from rlloop.trainer import Trainer
+from rlloop.types import LoraConfig
 
 _SHARED = ("model", "dtype", "engine", "placement", "trainer", "refit")
 
@@ -49,6 +50,8 @@ class Backend:
             differences.append(f"sampling.temperature {settings.sampling.temperature}")
         if settings.lora.rank > own.lora.rank:
             differences.append(f"lora.rank {settings.lora.rank}")
+        if more := {*settings.lora.targets}.difference(own.lora.targets):
+            differences.append(f"lora.targets {', '.join(sorted(more))}")
         if settings.num_versions > own.num_versions:
             differences.append(f"room for {settings.num_versions} policy versions (staleness, evaluation)")
         if differences:
@@ -124,9 +127,9 @@ async def open_backend(
 ) -> AsyncIterator[Backend]:
     """Start engine and trainer side by side; on leaving, end them.
 
-    `settings` say what it offers: the greatest LoRA rank, and the policy versions that it serves at once. `marker` is that of
-    `rlloop.processes.guard`; logs are written to `folder`/logs, and the trainer's spans, unless there are `events` for them, to
-    `folder`/events.jsonl. `prepare` gets the trainer while the engine starts. Raises RlloopError.
+    `settings` say what it offers: the greatest LoRA rank, all layers that get an adapter, and the policy versions that it serves
+    at once. `marker` is that of `rlloop.processes.guard`; logs are written to `folder`/logs, and the trainer's spans, unless
+    there are `events` for them, to `folder`/events.jsonl. `prepare` gets the trainer while the engine starts. Raises RlloopError.
     """
     from rlloop.engine.vllm import start_vllm
 
@@ -160,7 +163,7 @@ async def open_backend(
                         model,
                         settings.engine,
                         dtype=placement.dtype,
-                        lora_rank=settings.lora.rank,
+                        lora=LoraConfig(**dict(settings.lora)),
                         num_versions=settings.num_versions,
                         serves_hops=settings.refit.in_flight == "hop",
                         form=settings.refit.form,

@@ -196,6 +196,7 @@ def test_a_version_whose_publish_was_cancelled_is_retired(environment: str, tmp_
         ({"model": "gpt2"}, "model gpt2"),
         ({"sampling": {"temperature": 0.5}}, "sampling.temperature 0.5"),
         ({"lora": {"rank": 32}}, "lora.rank 32"),
+        ({"lora": {"targets": "q_proj,lm_head"}}, "wants lora.targets lm_head;"),
         ({"max_staleness": 3}, "room for 14 policy versions"),
         ({"engine": {"max_num_seqs": 32}}, "engine .*max_num_seqs=32"),
     ],

@@ -22,7 +22,7 @@ from rlloop.engine.tally import Tally
 from rlloop.errors import EngineError, RefitError
 from rlloop.models import weight_bytes
 from rlloop.processes import blocked_signals, environment
-from rlloop.types import Completion, EngineStatistics, GenerationRequest, RefitForm, RefitReport, Ticket
+from rlloop.types import Completion, EngineStatistics, GenerationRequest, LoraConfig, RefitForm, RefitReport, Ticket
 
 WORKER_EXTENSION = "rlloop.refit.worker.LoraRefit"
 _STARTING = Lock()
@@ -308,7 +308,7 @@ async def start_vllm(
     settings: EngineSettings,
     *,
     dtype: str,
-    lora_rank: int,
+    lora: LoraConfig,
     num_versions: int,
     log_path: Path,
     cores: frozenset[int] | None,
@@ -319,9 +319,10 @@ async def start_vllm(
 ) -> AsyncIterator[VllmEngine]:
     """Run vLLM while the block runs. Start several one after the other: vLLM reads the process's environment.
 
-    `num_versions`: policy versions that it can hold at once; `merged` is always one. `serves_hops`: requests may have `in_flight`
-    "hop", which takes one more slot. `cores`: where it computes on a CPU; None means GPUs, `gpus` of those that this process
-    sees, or the first. `tensor_parallel`: how many GPUs, or processes on a CPU, share the layers.
+    `lora`: of the adapters that it will serve, the greatest rank and all targets. `num_versions`: policy versions that it can
+    hold at once; `merged` is always one. `serves_hops`: requests may have `in_flight` "hop", which takes one more slot. `cores`:
+    where it computes on a CPU; None means GPUs, `gpus` of those that this process sees, or the first. `tensor_parallel`: how many
+    GPUs, or processes on a CPU, share the layers.
     """
     tally = Tally()
     abandoned = Event()
@@ -346,7 +347,7 @@ async def start_vllm(
                 scheduler_cls=SCHEDULER,
                 use_tqdm_on_load=False,
                 tensor_parallel_size=tensor_parallel,
-                **(vllm_arguments.slots(num_versions + serves_hops, lora_rank) if form == "adapter" else {}),
+                **(vllm_arguments.slots(num_versions + serves_hops, lora) if form == "adapter" else {}),
                 **vllm_arguments.device_arguments(settings, cores, kept),
             )
             if abandoned.is_set():  # while vLLM was imported, which takes seconds

@@ -11,15 +11,17 @@ from typing import Any
 from rlloop.config import EngineSettings
 from rlloop.errors import ConfigError
 from rlloop.placement import divide, gpu_bytes, visible_gpus
+from rlloop.types import LoraConfig
 
 
-def slots(number: int, lora_rank: int) -> dict[str, Any]:
-    """Room for so many adapters."""
+def slots(number: int, lora: LoraConfig) -> dict[str, Any]:
+    """Room for so many adapters, and only on the layers that get one: on others vLLM would compute with empty ones."""
     return {
         "enable_lora": True,
         "max_loras": number,
         "max_cpu_loras": number,  # fewer, and vLLM's caches evict one in use
-        "max_lora_rank": next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= lora_rank),
+        "max_lora_rank": next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= lora.rank),
+        "lora_target_modules": list(lora.targets),
     }
 
 

@@ -23,7 +23,7 @@ from rlloop.engine.vllm import VllmEngine, start_vllm
 from rlloop.errors import RefitError
 from rlloop.processes import guard, shared_memory_prefix
 from rlloop.refit.transports import make_writer
-from rlloop.types import AdapterTicket, Completion, GenerationRequest, InFlight, Transport
+from rlloop.types import AdapterTicket, Completion, GenerationRequest, InFlight, LoraConfig, Transport
 
 NUM_VERSIONS = 4
 RANK, ALPHA = 4, 8
@@ -176,7 +176,7 @@ def open_harness(model: Path, folder: Path, **arguments: Any) -> Iterator[Harnes
                 str(model),
                 settings,
                 dtype="float32",
-                lora_rank=RANK,
+                lora=LoraConfig(rank=RANK),
                 num_versions=NUM_VERSIONS,
                 log_path=folder / "engine.log",
                 **arguments,
