@@ -7,6 +7,7 @@ has refused a ticket leaves nobody inside a collective call; one for which not a
 from __future__ import annotations
 
 from datetime import timedelta
+from socket import create_server
 from threading import Thread
 
 import torch
@@ -60,7 +61,15 @@ class Broadcast:
 
 class _Sender:
     def __init__(self, size: int, device: torch.device) -> None:
-        self._store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE))
+        listener = create_server((_HOST, 0))  # the store's own would listen to the whole network
+        self._store = TCPStore(
+            _HOST,
+            listener.getsockname()[1],
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=PATIENCE),
+            master_listen_fd=listener.detach(),
+        )
         self._where = f"{_HOST}:{self._store.port}:{size}"
         # The thread's own: who waits keeps others from using the same. Engines may be told of a ticket much later.
         self._waiting = TCPStore(

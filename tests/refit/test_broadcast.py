@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import psutil
 import pytest
 import torch
 
@@ -119,3 +120,9 @@ def test_a_broadcast_that_failed_is_told_once_and_the_next_is_as_before(
     for value in (2.0, 3.0):
         location = offer(sender, value)
         assert [each.result(10) for each in workers.receive(location, 1)] == [[value]] * 2
+
+
+def test_the_network_is_not_listened_to(sender: Broadcast) -> None:
+    port = int(offer(sender, 1.0).split(":")[1])
+    listening = [each.laddr for each in psutil.Process().net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+    assert [each.ip for each in listening if each.port == port] == ["127.0.0.1"]
