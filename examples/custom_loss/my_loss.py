@@ -15,4 +15,4 @@ def soft_gate(logprobs, old_logprobs, tokens, *, clip_low, clip_high):
     ratio = (logprobs - old_logprobs).exp()
     temperature = (tokens.advantages > 0) * (clip_high - clip_low) + clip_low
     gate = 4 / temperature * (temperature * (ratio - 1)).sigmoid()
-    return -gate * tokens.advantages, {"ratio": ratio}
+    return -gate * tokens.advantages, {}
