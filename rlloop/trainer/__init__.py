@@ -139,7 +139,7 @@ class Trainer(Protocol):
     async def save(self, name: str, folder: Path) -> None:
         """Write `adapter/` (PEFT's format) and `state/` (optimizer, random state) into the folder, at the last optimizer step.
 
-        Ends a forward_backward that is running; its gradient is discarded.
+        A forward_backward that is running on one rank ends, and its gradient is discarded; several ranks first go on to its end.
         """
         ...
 

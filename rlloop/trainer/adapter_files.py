@@ -78,7 +78,10 @@ def write_adapter(folder: Path, config: peft.LoraConfig, weights: Tensors, momen
         {name: tensor.cpu().contiguous() for name, tensor in moments.items()},
         folder / "state" / "optimizer.safetensors",
     )
-    save_file({"torch": torch.get_rng_state()}, folder / "state" / "rng.safetensors")
+    random = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_initialized():  # dropout's
+        random["cuda"] = torch.cuda.get_rng_state()
+    save_file(random, folder / "state" / "rng.safetensors")
 
 
 def read_adapter(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Tensors, Tensors]:
@@ -98,7 +101,10 @@ def read_adapter(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]])
         )
     if not (folder / "state").exists():
         return weights, {}
-    torch.set_rng_state(load_file(folder / "state" / "rng.safetensors")["torch"])
+    random = load_file(folder / "state" / "rng.safetensors")
+    torch.set_rng_state(random["torch"])
+    if "cuda" in random and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(random["cuda"])
     return weights, load_file(folder / "state" / "optimizer.safetensors")
 
 

@@ -101,6 +101,8 @@ class Ranks:
         self._ranks: list[_Rank] = []
         self._lock = anyio.Lock()
         self._num_calls = 0
+        self._one_failed = False
+        """In a call to which others have not replied; they may wait for it until a timeout of theirs."""
         self._last_interrupted = _SPAWN.RawValue(ctypes.c_long, 0)
 
     async def __aenter__(self) -> Ranks:
@@ -181,7 +183,11 @@ class Ranks:
             return None
 
         if any(rank.num_owed for rank in self._ranks):  # seldom: a call need not start tasks to learn that
-            await self._for_each(discard)
+            with anyio.move_on_after(_SECONDS_FOR_A_DEATH if self._one_failed else None):
+                await self._for_each(discard)
+            if late := [str(index) for index, rank in enumerate(self._ranks) if rank.num_owed]:
+                raise RankDied(f"trainer rank {', '.join(late)} still waits for one that has failed")
+        self._one_failed = False
 
     async def _first_answer(self) -> Any:
         """Rank 0's answer when all have replied."""
@@ -218,6 +224,7 @@ class Ranks:
             for index in range(len(self._ranks)):
                 tasks.start_soon(wait_for, index)
         if deaths or errors:
+            self._one_failed = True
             raise (deaths + errors)[0]
 
     async def _receive(self, index: int) -> _Reply:

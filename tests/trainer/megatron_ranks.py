@@ -97,9 +97,10 @@ class ShowingRank:
 
     def with_dropout(self) -> list[dict[str, tuple[Tensor, Tensor]]]:
         """Of a column layer and a row layer: what it computes, and what autograd makes of the same formula and mask."""
-        from rlloop.trainer.megatron.lora import LoraWeights
+        from rlloop.trainer.megatron.lora import LoraLinear, LoraWeights
 
         found = []
+        LoraLinear.is_training = True
         for adaptable in self._rank._model.layers[:2]:
             layer, weight = adaptable.layer, adaptable.layer.weight.detach()
             bias = 0 if layer.bias is None else layer.bias.detach()
@@ -125,6 +126,7 @@ class ShowingRank:
                 "db": (lora.b_gradient, wanted[2].grad),
             }
             found.append(pairs)
+        LoraLinear.is_training = False
         return found
 
     def merged(self, name: str) -> dict[str, Tensor]:

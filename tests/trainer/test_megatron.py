@@ -230,13 +230,21 @@ class MegatronsLayerTrainer(MegatronTrainer):
 
 
 def make_trainer(
-    model: Path, layout: MegatronSettings | None, megatron: type[MegatronTrainer] = MegatronTrainer, **extra: Any
+    model: Path,
+    layout: MegatronSettings | None,
+    megatron: type[MegatronTrainer] = MegatronTrainer,
+    *,
+    gradient_checkpointing: bool = False,
+    **extra: Any,
 ) -> RankTrainer:
     """Microbatches of 64 tokens, so that there are several."""
     if layout and torch.cuda.is_available() and torch.cuda.device_count() < layout.num_ranks:
         pytest.skip(f"{layout.num_ranks} ranks need as many GPUs")
     settings = TrainerSettings(
-        kind="megatron" if layout else "peft", max_tokens_per_microbatch=64, megatron=layout or MegatronSettings()
+        kind="megatron" if layout else "peft",
+        max_tokens_per_microbatch=64,
+        megatron=layout or MegatronSettings(),
+        gradient_checkpointing=gradient_checkpointing,
     )
     make = megatron if layout else PeftTrainer
     return make(
@@ -293,6 +301,21 @@ def test_dropout(run: RunTrainer, folders: dict[str, Path], samples: list[Sample
     for layer in found:
         for name, (got, right) in layer.items():
             torch.testing.assert_close(got, right, atol=1e-3, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_layers_that_run_twice_drop_the_same(run: RunTrainer, folders: dict[str, Path], samples: list[Sample]) -> None:
+    found: list[list[float]] = []
+
+    async def train(trainer: RankTrainer) -> None:
+        await trainer.create_adapter("policy", replace(LORA, dropout=0.5))
+        first = (await trainer.forward_backward("policy", samples, surrogate))["loss"]
+        norm = (await trainer.optim_step("policy", replace(ADAM, lr=3e-2))).grad_norm
+        found.append([first, norm, (await trainer.forward_backward("policy", samples, surrogate))["loss"]])
+
+    for checkpointing in (False, True):
+        trainer = make_trainer(folders["qwen2"], LAYOUTS["1x1"], gradient_checkpointing=checkpointing)
+        run(trainer, partial(train, trainer))
+    assert relative(*found) <= 1e-5
 
 
 def assert_same(found: Life, expected: Life) -> None:

@@ -12,7 +12,7 @@ import anyio
 import psutil
 import pytest
 
-from rlloop.errors import NonFiniteError, TrainerError
+from rlloop.errors import NonFiniteError, RankDied, TrainerError
 from rlloop.trainer.ranks import Interrupted, Ranks, RankSpec
 
 pytestmark = pytest.mark.anyio
@@ -169,6 +169,8 @@ async def test_one_rank_that_fails_is_enough(module) -> None:
         started = monotonic()
         with pytest.raises(TrainerError, match="rank 1 raised"):
             await ranks.call("fail_on", 1)
+        with pytest.raises(RankDied, match="rank 0 still waits for one that has failed"):
+            await ranks.call("echo")
         assert monotonic() - started < 20  # rank 0 sleeps for 30 s
         await ranks.close(timeout=0.1)
     assert not multiprocessing.active_children()

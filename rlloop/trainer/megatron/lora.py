@@ -168,6 +168,9 @@ class LoraLinear:
     skip_bias_add: bool
     weights_moved: ClassVar[int] = 0
     """Times that a layer's weight got another place in memory, which a CUDA graph must know."""
+    is_training: ClassVar[bool] = False
+    """Whether what runs is followed by a backward pass. Not to be told by autograd: with gradient checkpointing layers first run
+    without it, and must drop the same inputs then."""
     lora: LoraWeights | None = None
     """The active adapter's; None: the base model."""
     w_and_b: Tensor | None = None
@@ -211,7 +214,7 @@ class LoraLinear:
     def _adapted(self, x: Tensor, bias: Tensor | None) -> Tensor:
         lora = self.lora
         assert lora is not None
-        dropout = lora.dropout if torch.is_grad_enabled() else 0.0
+        dropout = lora.dropout if self.is_training else 0.0
         if lora.gain is None:
             y: Tensor = _Product.apply(x, self, lora, bias, dropout)
             return y

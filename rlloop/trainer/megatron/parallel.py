@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass
+from socket import create_server
 from typing import Any
 
 import torch
@@ -87,6 +88,21 @@ class Groups:
         return values
 
 
+def _meet(address: str, rank: int) -> dist.Store:
+    host, _, port = address.partition(":")
+    if rank:
+        return dist.TCPStore(host, int(port), is_master=False, timeout=_TIMEOUT, wait_for_workers=False)
+    listener = create_server((host, int(port)))  # the store's own would listen to the whole network
+    return dist.TCPStore(
+        host,
+        int(port),
+        is_master=True,
+        timeout=_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
 def start_groups(settings: MegatronSettings, rank: int, num_ranks: int, address: str, seed: int) -> Groups:
     """Meet the other ranks at `address` (host:port); NCCL on GPUs, gloo on CPUs."""
     device = torch.device("cpu")
@@ -104,7 +120,7 @@ def start_groups(settings: MegatronSettings, rank: int, num_ranks: int, address:
         install()
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{address}",
+        store=_meet(address, rank),
         rank=rank,
         world_size=num_ranks,
         timeout=_TIMEOUT,

@@ -170,7 +170,6 @@ class MegatronRank:
         weights, moments = adapter.export(), adapter.export_moments()
         if self._groups.rank == 0:
             write_adapter(folder, peft_config(adapter.lora, self._folder), weights, moments)
-        torch.distributed.barrier(group=self._groups.control)
 
     def load(self, name: str, folder: Path) -> None:
         """What this or another trainer saved, whatever its parallel sizes were."""

@@ -18,6 +18,7 @@ from rlloop.trainer.megatron import compat  # noqa: F401  (before anything under
 from rlloop.trainer.megatron.adapter import Adapter
 from rlloop.trainer.megatron.graph import Graphs
 from rlloop.trainer.megatron.layer import Row, run_body
+from rlloop.trainer.megatron.lora import LoraLinear
 from rlloop.trainer.megatron.model import Model
 from rlloop.trainer.megatron.parallel import Groups
 from rlloop.trainer.megatron.trace import Trace
@@ -112,19 +113,24 @@ class Schedule:
 
             return hidden, loss
 
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(enumerate(microbatches)) for _ in self._model.chunks],
-            model=self._model.chunks,
-            num_microbatches=len(microbatches),
-            seq_length=max(self._padded(len(microbatch.tokens)) for microbatch in microbatches),
-            micro_batch_size=1,
-            forward_only=not backward,
-        )
+        LoraLinear.is_training = backward
+        try:
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(enumerate(microbatches)) for _ in self._model.chunks],
+                model=self._model.chunks,
+                num_microbatches=len(microbatches),
+                seq_length=max(self._padded(len(microbatch.tokens)) for microbatch in microbatches),
+                micro_batch_size=1,
+                forward_only=not backward,
+            )
+        finally:
+            LoraLinear.is_training = False
 
     def _body(self, microbatch: Microbatch, chunk: Any, adapter: Adapter | None) -> Tensor:
         """-> hidden states [T or more, 1, C]."""
-        if self._graphs is not None and adapter is not None:
+        # A graph of training drops inputs.
+        if self._graphs is not None and adapter is not None and (LoraLinear.is_training or not adapter.lora.dropout):
             hidden = self._graphs.run(microbatch, adapter)
             if hidden is not None:
                 return hidden

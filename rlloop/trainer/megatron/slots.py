@@ -99,7 +99,7 @@ def lay_out(lora: LoraConfig, layers: Sequence[AdaptableLayer], tp_size: int, nu
             end = places[key].stop
         if kind == "b":
             b_slices.append(slice(start, end))
-        if whole:
+        if whole and tp_size > 1:
             num_whole = end
     slots = [
         Slot(layer, projections, places[i, "a"], places[i, "b"], places[i, "m"], shapes[i, "a"], shapes[i, "b"])

@@ -67,7 +67,8 @@ class Trace:
         self._events.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what is left, and close the file."""
+        self.flush()
         if self._events is not None:
             self._events.close()
 
