@@ -13,13 +13,14 @@ synchronous loop.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
 from statistics import fmean
 from time import monotonic
 from typing import Any, Protocol
 
-from anyio import CancelScope, Semaphore, create_memory_object_stream, create_task_group
+from anyio import CancelScope, Semaphore, WouldBlock, create_memory_object_stream, create_task_group
 from anyio.abc import TaskGroup
 
 from rlloop.environment import PromptTooLong
@@ -149,13 +150,19 @@ class Loop:
     async def _next_batch(self, tasks: TaskGroup) -> list[Group]:
         """Wait for the groups of the next update; replace those that have become too old."""
         while True:
+            with suppress(WouldBlock):  # all that are there, for the oldest go first
+                while True:
+                    self._receive(self._finished.receive_nowait())
             for group in self._backlog.take_stale(self.version):
                 self._drop(group.prompt.ordinal, "stale")
                 tasks.start_soon(self._fill_slot)
             if groups := self._backlog.take_batch(self.version):
                 return [replace(group, staleness=self.version - group.policy_version) for group in groups]
-            if (finished := await self._finished.receive()) is not None:
-                self._backlog.finish(finished)
+            self._receive(await self._finished.receive())
+
+    def _receive(self, finished: Group | None) -> None:
+        if finished is not None:
+            self._backlog.finish(finished)
 
     async def _fill_slot(self) -> None:
         """Hold a slot until one group is ready to be trained; one that cannot be is counted and replaced."""

@@ -45,11 +45,6 @@ class Backlog:
         """A group that was started is ready to be trained."""
         heapq.heappush(self._finished, (group.policy_version, group.prompt.ordinal, group))
 
-    @property
-    def num_finished(self) -> int:
-        """Groups that are ready to be trained."""
-        return len(self._finished)
-
     def take_stale(self, trainer_version: int) -> list[Group]:
         """Remove and return the finished groups that are too old to be trained."""
         stale = []

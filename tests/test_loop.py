@@ -40,6 +40,8 @@ class FakeStages:
     fail: Any = lambda prompt: None
     rewards: Any = lambda prompt: (0.0,)
     update_seconds: float = 0.0005
+    seconds: Any = None
+    """(prompt) -> how long it samples."""
     steps: list[Step] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     num_sampling: int = 0
@@ -54,7 +56,8 @@ class FakeStages:
         self.peak = max(self.peak, self.num_sampling)
         try:
             slow = self.straggler and prompt.ordinal % self.straggler == 0
-            await anyio.sleep(0.012 if slow else self.rng.random() * 0.002)
+            at_random = 0.012 if slow else self.rng.random() * 0.002
+            await anyio.sleep(self.seconds(prompt) if self.seconds else at_random)
             failure = self.fail(prompt)
             if isinstance(failure, Failure):
                 return Group(prompt, (), (), version, (failure,))
@@ -203,6 +206,18 @@ def test_a_slot_comes_back_only_after_the_refit(backend: str) -> None:
         assert step < refit < first
         between = stages.log[step:refit]
         assert not any(line.startswith("sample") for line in between), "all slots were taken until the refit"
+
+
+@pytest.mark.parametrize("on_stale", ["correct", "drop"])
+def test_of_what_finishes_during_an_update_the_oldest_is_trained_first(on_stale: str) -> None:
+    # 0, 1 and 2 begin with version 0, 3 with version 1. While 2 is trained 3 is finished, and after it 1.
+    seconds = [1.0, 5.0, 1.5, 0.5, 9.0]
+    stages = FakeStages(FakeTrainer(), random.Random(0), update_seconds=3.0)
+    stages.seconds = lambda prompt: seconds[min(prompt.ordinal, 4)]
+    clock = {"clock": trio.testing.MockClock(autojump_threshold=0)}
+    anyio.run(lambda: run(stages, on_stale, bound=2, per_step=1, num_steps=4), backend="trio", backend_options=clock)
+    assert [group.prompt.ordinal for step in stages.steps for group in step.groups] == [0, 2, 1, 3]
+    assert staleness(stages) == [0, 1, 2, 2]
 
 
 def test_correct_trains_stragglers_that_drop_discards() -> None:

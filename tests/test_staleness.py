@@ -24,7 +24,8 @@ def test_the_oldest_are_trained_first() -> None:
         waiting.start(version)
         waiting.finish(group(ordinal, version))
     assert [g.prompt.ordinal for g in waiting.take_batch(1) or ()] == [3, 2]
-    assert waiting.num_finished == 2
+    assert [g.prompt.ordinal for g in waiting.take_batch(2) or ()] == [4, 5]
+    assert waiting.take_batch(3) is None
 
 
 def test_too_few_groups_make_no_batch() -> None:
@@ -41,7 +42,7 @@ def test_what_is_beyond_the_limit_is_stale(on_stale: str, limit: int) -> None:
     waiting.finish(group(0, 0))
     assert waiting.take_stale(limit) == []
     assert [g.prompt.ordinal for g in waiting.take_stale(limit + 1)] == [0]
-    assert waiting.num_finished == 0
+    assert waiting.take_stale(limit + 1) == []
 
 
 def test_wait_holds_the_update_for_a_straggler_that_would_become_too_old() -> None:
