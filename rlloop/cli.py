@@ -7,6 +7,7 @@ import logging
 import pkgutil
 import shlex
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from rlloop.flags import parse  # and pydantic, which the usage need not wait for
 
+    started = time.time()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
         algorithm = _algorithm(arguments[0])
@@ -44,10 +46,14 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except Stopped as stop:
-        sys.stderr.write(f"{stop}; continue with: rlloop {shlex.join(_resumed(arguments))}\n")
+        again = f"; continue with: rlloop {shlex.join(_resumed(arguments))}" if _has_begun(settings, started) else ""
+        sys.stderr.write(f"{stop}{again}\n")
         return stop.exit_code
     except RlloopError as error:
-        sys.stderr.write(f"error: {error}\n{_where(settings)}")
+        sys.stderr.write(f"error: {error}\n")
+        if not _has_begun(settings, started):
+            return 2
+        sys.stderr.write(f"run directory: {settings.run_dir} (logs/ has what engine and trainer said)\n")
         return 1
     return 0
 
@@ -80,8 +86,12 @@ def _resumed(arguments: list[str]) -> list[str]:
     return [argument for argument in arguments if argument not in ("--overwrite", "--resume")] + ["--resume"]
 
 
-def _where(settings: TrainingSettings) -> str:
-    return f"run directory: {settings.run_dir} (logs/ has what engine and trainer said)\n"
+def _has_begun(settings: TrainingSettings, started: float) -> bool:
+    """Whether this process has opened the run directory; else what is there is another run's. `started`: by time.time()."""
+    from rlloop.run_directory import ATTEMPT
+
+    attempt = settings.run_dir / ATTEMPT
+    return attempt.exists() and attempt.stat().st_mtime > started - 1  # files have a coarser clock
 
 
 def _usage() -> str:

@@ -191,8 +191,8 @@ class CheckpointSettings(Settings):
 
     every: int = Field(10, ge=1)
     """Steps between checkpoints; one is always written at the end."""
-    keep: int = Field(2, ge=1)
-    """How many of the newest are kept."""
+    keep: int = Field(3, ge=1)
+    """How many of the newest are kept. Three reach back to a version that a canary checked, as both are by default."""
 
 
 class TrackingSettings(Settings):
@@ -341,6 +341,8 @@ class RunSettings(TrainingSettings):
             raise ValueError(
                 f"--environment.min-group-size ({self.environment.min_group_size}) exceeds --group-size ({self.group_size})"
             )
+        if self.staleness_cap is not None and self.on_stale != "correct":
+            raise ValueError(f"--staleness-cap does nothing with --on-stale {self.on_stale}: leave it out")
         if self.staleness_cap is not None and self.staleness_cap < self.max_staleness:
             raise ValueError(
                 f"--staleness-cap ({self.staleness_cap}) must be at least --max-staleness ({self.max_staleness})"

@@ -10,6 +10,7 @@
     ├── TrainerError         a trainer rank died or raised; carries the rank's traceback
     │   ├── RankDied         a process of the trainer is gone; names the rank and the signal
     │   ├── NonFiniteError   too many steps in a row had a non-finite loss or gradient
+    │   ├── TornUpdate       an update failed between two of its optimizer steps; its weights are not saved
     │   └── Interrupted      a call to the trainer was ended because another came first (rlloop.trainer.ranks)
     ├── RefitError           an adapter did not arrive, or what arrived is not what was sent
     └── Stopped              Ctrl-C or SIGTERM ended the run; what it had done is saved

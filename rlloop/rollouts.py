@@ -6,9 +6,11 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Protocol
 
 import anyio
+import numpy as np
 from anyio import TaskHandle
 
 from rlloop.config import RunSettings, SamplingSettings
@@ -149,14 +151,31 @@ async def sample_group(
 async def _roll_out(environment: Environment, task: Any, policy: EnginePolicy) -> Rollout | Failure:
     try:
         rollout = await environment.rollout(task, policy)
-        if not isinstance(rollout, Rollout):
-            raise BadEnvironmentError(f"an environment's rollout() must return a Rollout, but returned {rollout!r}")
+        _check(rollout)
     except Exception as error:
         cause = _leaf(error)
         if isinstance(cause, RlloopError):
             raise cause from None
         return Failure("error", "rollout", explain(cause))
     return rollout
+
+
+def _check(rollout: Any) -> None:
+    """Raises BadEnvironmentError where nothing can be trained on what an environment returned."""
+    if not isinstance(rollout, Rollout):
+        raise BadEnvironmentError(f"an environment's rollout() must return a Rollout, but returned {rollout!r}")
+    lengths = {name: len(getattr(rollout, name)) for name in ("tokens", "loss_mask", "rollout_logprobs")}
+    if len({*lengths.values()}) > 1:
+        raise BadEnvironmentError(f"a Rollout's arrays must be equally long, but an environment returned {lengths}")
+    if lengths["tokens"] and rollout.loss_mask[0]:
+        raise BadEnvironmentError(
+            "a Rollout's first token cannot carry loss, for nothing predicts it; its loss_mask says so"
+        )
+    for name, value in rollout.metrics.items():
+        if not isinstance(value, Real | np.bool_):
+            raise BadEnvironmentError(
+                f"a Rollout's metrics must be numbers, but an environment returned {name} {value!r}"
+            )
 
 
 def _leaf(error: Exception) -> Exception:

@@ -156,11 +156,19 @@ def _check_fixed(path: Path, settings: TrainingSettings) -> None:
         for name in FIXED
         if _get(before, name) != _get(now, name)
     ]
+    if (held_out := _held_out(now)) != _held_out(before):
+        changes.append(f"--evaluation held out {_held_out(before)} tasks and would hold out {held_out}")
     if changes:
         raise RunDirectoryError(
             f"cannot resume {path} with other settings: {'; '.join(changes)}. Use those that the run began with, "
             "or start a new run with another --run-dir"
         )
+
+
+def _held_out(config: dict[str, Any]) -> int:
+    """Tasks, or rows, that are evaluated and not trained on."""
+    evaluation = config.get("evaluation", {})
+    return int(evaluation.get("num_prompts") or evaluation.get("num_rows") or 0) if evaluation.get("every") else 0
 
 
 def _get(config: dict[str, Any], name: str) -> Any:

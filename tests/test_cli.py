@@ -11,6 +11,7 @@ import pytest
 from rlloop import __version__, cli
 from rlloop.config import RunSettings
 from rlloop.errors import EngineError, Stopped
+from rlloop.run_directory import open_run_directory
 
 HEAVY = ("torch", "vllm", "transformers", "peft", "wandb")
 
@@ -57,7 +58,8 @@ def test_an_unknown_algorithm_is_refused(capsys: pytest.CaptureFixture[str]) -> 
 
 def fake_algorithm(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def main(settings: RunSettings) -> None:
-        raise error
+        with open_run_directory(settings):
+            raise error
 
     monkeypatch.setattr(cli, "_algorithm", lambda name: types.SimpleNamespace(Config=RunSettings, main=main))
 
@@ -94,6 +96,8 @@ def test_a_stopped_run_says_how_to_go_on(
 def test_a_typo_leaves_no_run_directory_behind(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["grpo", "--run_dir", str(tmp_path / "run"), *flags]) in (1, 2)
-    assert capsys.readouterr().err.startswith("error: ")
+    assert cli.main(["grpo", "--run_dir", str(tmp_path / "run"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "run directory" not in error
     assert not (tmp_path / "run").exists()

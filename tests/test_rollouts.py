@@ -1,5 +1,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -187,6 +188,26 @@ async def test_an_engine_error_is_never_a_failure(instead: str) -> None:
 async def test_a_rollout_that_is_none_breaks_the_contract() -> None:
     with pytest.raises(BadEnvironmentError, match="must return a Rollout, but returned None"):
         await sample(Environment("return None"))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda good: {"tokens": good.tokens[1:]}, r"must be equally long, but .*'tokens': \d+, 'loss_mask': \d+"),
+        (lambda good: {"loss_mask": good.loss_mask | True}, "first token cannot carry loss"),
+        (lambda good: {"metrics": {"won": None}}, "metrics must be numbers, but an environment returned won None"),
+        (lambda good: {"metrics": {"won": "1"}}, "metrics must be numbers, but an environment returned won '1'"),
+    ],
+)
+async def test_a_rollout_that_cannot_be_trained_breaks_the_contract(change: Any, message: str) -> None:
+    class Changed(Environment):
+        async def rollout(self, task: Any, policy: Policy) -> Rollout:
+            good = await super().rollout(task, policy)
+            return replace(good, **change(good))
+
+    with pytest.raises(BadEnvironmentError, match=message):
+        await sample(Changed())
 
 
 @pytest.mark.anyio

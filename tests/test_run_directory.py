@@ -85,6 +85,14 @@ def test_each_fixed_setting(tmp_path, setting):
         start(tmp_path, resume=True, **changed)
 
 
+@pytest.mark.parametrize(("before", "now"), [({}, {"every": 10}), ({"every": 10}, {"every": 10, "num_prompts": 8})])
+def test_as_many_tasks_are_held_out_as_before(tmp_path, before, now):
+    start(tmp_path, evaluation=before)
+    with pytest.raises(RunDirectoryError, match=r"--evaluation held out \d+ tasks and would hold out \d+"):
+        start(tmp_path, resume=True, evaluation=now)
+    assert start(tmp_path, resume=True, evaluation=before | ({"every": 5} if before else {})).attempt == 2
+
+
 def test_resume_with_an_unreadable_config(tmp_path):
     run = start(tmp_path)
     (run.path / "config.toml").write_text("seed = ")

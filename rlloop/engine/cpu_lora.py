@@ -2,7 +2,8 @@
 
 vLLM 0.32 copies A and B for every token, in float32, and multiplies vector by vector: with rank 16 a prompt of 45 tokens costs
 more in its adapter than in its model. A batch rarely has more than a few policy versions, so the tokens of each are taken
-together instead. Same results, but for the order of sums; `benchmarks/cpu_lora.py` has the gain.
+together instead. Same results, but for the order of sums, and in bfloat16 a product with A that is rounded once more;
+`benchmarks/cpu_lora.py` has the gain.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Replicas:
     """See `rlloop.engine.Engine`. For two engines or more.
 
     A group's requests (`GenerationRequest.group`) go to one replica, the least loaded when the first of them comes, until their
-    version is retired: nobody samples with it any more then, so the group is over. Other requests go to the least loaded.
+    version is retired; those that go on with another version get a home of that one. Other requests go to the least loaded.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
@@ -53,7 +53,8 @@ class Replicas:
     async def publish(self, version: int, ticket: Ticket) -> RefitReport:
         """See `Engine.publish`; the report is that of the slowest replica.
 
-        Where one refuses the version, the others give it back: either all hold it or none. Cancelling waits for that.
+        Where one refuses the version, the others give it back; those that have it in their weights serve none then. Cancelling
+        waits for that.
         """
         with CancelScope(shield=True):
             reports, errors = await _each(self._replicas, lambda engine: engine.publish(version, ticket))

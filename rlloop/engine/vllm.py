@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,7 +20,6 @@ from rlloop.engine.flights import HOPPING, HOPPING_ID, Flight, Flights, Swap, co
 from rlloop.engine.scheduler import OUTPUTS_AT_THE_END, SCHEDULER, TALLY
 from rlloop.engine.tally import Tally
 from rlloop.errors import EngineError, RefitError
-from rlloop.models import weight_bytes
 from rlloop.processes import blocked_signals, environment
 from rlloop.types import Completion, EngineStatistics, GenerationRequest, LoraConfig, RefitForm, RefitReport, Ticket
 
@@ -82,7 +81,7 @@ class VllmEngine:
     async def _sample(self, request: GenerationRequest) -> tuple[list[Completion], bool]:
         """What vLLM makes of one request, and whether a restart cut it off."""
         from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
+        from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
@@ -98,12 +97,12 @@ class VllmEngine:
             # Not of what restarts, whose tokens before the abort are read, nor where vLLM's front end is who finds the end.
             extra_args=None if request.in_flight == "restart" or request.stop else {OUTPUTS_AT_THE_END: True},
         )
-        prompt = TokensPrompt(prompt_token_ids=list(request.tokens))
         version = request.policy_version if request.in_flight == "finish" else self._newest
         name, hops = self._versions[version].name, request.in_flight == "hop"
-        if hops or self._is_in_weights:
-            # No adapter's name goes with the version: this keeps the prefix cache apart.
-            prompt["cache_salt"] = name
+        # Where no adapter's name goes with the version the salt keeps the prefix cache apart. As an engine input, for vLLM 0.32
+        # hands anything else to a thread first, and an abort meanwhile finds no request.
+        salt = name if hops or self._is_in_weights else None
+        prompt = tokens_input(list(request.tokens), cache_salt=salt)
         adapter = None
         if not self._is_in_weights:
             adapter = _lora_request(HOPPING, HOPPING_ID) if hops else _lora_request(name, version + 1)
@@ -131,20 +130,18 @@ class VllmEngine:
             raise RefitError(f"policy version {version} is loaded already; a version is immutable")
         # Not by asdict, which would copy the names and shapes one by one.
         sent = {field.name: getattr(ticket, field.name) for field in fields(ticket)}
-        ranks = await self._call_workers("refit_load", version, sent, self._form, self._serves_hops)
+
+        def serve(ranks: list[dict[str, Any]]) -> None:
+            if not _first_problem(ranks, ticket):
+                self._serve(version, ranks[0])
+
+        ranks = await self._call_workers("refit_load", version, sent, self._form, self._serves_hops, on_answer=serve)
         if problem := _first_problem(ranks, ticket):
-            if self._is_in_weights and any("swapped_at" in rank for rank in ranks):
-                self._versions.clear()  # the weights may be a mixture
+            if any("swapped_at" in rank for rank in ranks):
+                self._versions.clear()  # the weights, or those of requests that hop, may be a mixture
             if version not in self._versions:  # some ranks may hold it
                 await self._call_workers("refit_drop", version)
             raise RefitError(f"the engine refused policy version {version}: {problem}")
-        self._num_published += 1
-        if self._is_in_weights:
-            self._versions.clear()
-        self._versions[version] = _Version(f"policy-v{version}-{self._num_published}", time.monotonic())
-        if self._serves_hops:
-            swap = Swap(version, ranks[0]["swapped_at"], ranks[0]["num_sampled"])
-            self._flights.swap(swap, moves_all=self._is_in_weights)
         await self._restart_stale()
         return RefitReport(
             policy_version=version,
@@ -155,6 +152,17 @@ class VllmEngine:
             verify_seconds=max(rank["verify_seconds"] for rank in ranks),
             publish_seconds=ticket.export_seconds + time.monotonic() - started,
         )
+
+    def _serve(self, version: int, rank: dict[str, Any]) -> None:
+        """Requests get this version from here on, and those that are moved have it. Not a turn of the loop later than the workers
+        say so: a request may end in that turn, and its last tokens are of this version."""
+        self._num_published += 1
+        if self._is_in_weights:
+            self._versions.clear()
+        self._versions[version] = _Version(f"policy-v{version}-{self._num_published}", time.monotonic())
+        if self._serves_hops:
+            swap = Swap(version, rank["swapped_at"], rank["num_sampled"])
+            self._flights.swap(swap, moves_all=self._is_in_weights)
 
     async def retire(self, version: int) -> None:
         """See `Engine.retire`."""
@@ -223,7 +231,9 @@ class VllmEngine:
             seconds = first - self._versions[version].published
             self._first_token_seconds[version] = min(seconds, self._first_token_seconds.get(version, seconds))
 
-    async def _call_workers(self, method: str, *args: Any) -> list[Any]:
+    async def _call_workers(
+        self, method: str, *args: Any, on_answer: Callable[[list[Any]], None] | None = None
+    ) -> list[Any]:
         """What each rank's worker answers. Raises EngineError when the engine dies, for whose answer vLLM waits forever."""
 
         async def watch(sentinel: int) -> None:
@@ -235,6 +245,8 @@ class VllmEngine:
                 for sentinel in vllm_compat.sentinels(self._llm):
                     tasks.start_soon(watch, sentinel)
                 answers: list[Any] = await self._llm.collective_rpc(method, args=args)
+                if on_answer is not None:
+                    on_answer(answers)
                 tasks.cancel_scope.cancel()
         except ExceptionGroup as group:
             with self._death_is_an_engine_error():
@@ -358,7 +370,8 @@ async def start_vllm(
             return llm
 
     # Beside the weights that are merged, on each GPU.
-    kept = weight_bytes(Path(model), dtype) // tensor_parallel if form == "merged" and cores is None else 0
+    keeps = form == "merged" and cores is None and settings.kv_cache_gib is None
+    kept = vllm_arguments.base_bytes(model, dtype) // tensor_parallel if keeps else 0
     vllm_arguments.set_environment(settings, log_path, cores, tensor_parallel)
     try:
         llm = await anyio.to_thread.run_sync(create, abandon_on_cancel=True)

@@ -1,4 +1,4 @@
-"""All that differs between the vLLM versions that rlloop supports, 0.26 to 0.32. Imports vLLM only when called."""
+"""What must be done differently with the vLLM versions that rlloop supports, 0.26 to 0.32. Imports vLLM only when called."""
 
 from __future__ import annotations
 

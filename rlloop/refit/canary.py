@@ -121,11 +121,14 @@ class Canary:
         )
 
     def _advice(self) -> str:
-        since = "No version of this run agreed" if self._agreed is None else f"Version {self._agreed} still agreed"
+        since, again = "No version of this run agreed", "start anew"
+        if self._agreed is not None:
+            since = f"Version {self._agreed} still agreed"
+            again = f"delete the checkpoints of steps after {self._agreed} and --resume"
         return (
             f"{since}; steps since then were trained on samples of another policy. Look in logs/engine.log for layers "
-            "without LoRA, try fewer --lora.targets and --engine.enforce-eager, then start again from a checkpoint "
-            "of a version that agreed; --refit.canary-every 0 leaves the check out"
+            f"without LoRA, try fewer --lora.targets and --engine.enforce-eager, then {again}; --refit.canary-every 0 leaves the "
+            "check out"
         )
 
 

@@ -59,7 +59,7 @@ class Whole:
 def load_in_place(model: Any, weights: Iterator[Named]) -> None:
     """Into the parameters that the kernels read, by vLLM's own loaders, which cut out this tensor-parallel rank's part.
 
-    Raises ValueError where some did not come, which the loaders do not mind.
+    Raises ValueError where of some parameters nothing came, which the loaders do not mind.
     """
     loaded = model.load_weights(weights)
     if missing := {name for name, _ in model.named_parameters()} - loaded:

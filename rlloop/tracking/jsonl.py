@@ -57,7 +57,7 @@ def _locked(file: BinaryIO, kind: int) -> Iterator[None]:
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file; lines that a killed process left half written are skipped."""
-    with open(path, encoding="utf-8", newline="\n") as file:
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:  # one may be cut within a character
         for line in file:
             try:
                 yield json.loads(line)

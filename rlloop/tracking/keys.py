@@ -76,7 +76,10 @@ DOCUMENTED: dict[str, Metric] = {
         "seconds", "The update waited for the canary and its forward pass; NaN in a step without one."
     ),
     "time/checkpoint": Metric("seconds", "Writing a checkpoint after the step before; 0 if that wrote none."),
-    "time/trainer_idle_frac": Metric("fraction", "Of the step in which the trainer did nothing."),
+    "time/trainer_idle_frac": Metric(
+        "fraction",
+        "Of the step in which no update ran; weights that are exported, checkpoints and a canary's scores are none.",
+    ),
     "time/engine_idle_frac": Metric("fraction", "Of the step in which the engine had no request."),
     "refit/export_seconds": Metric("seconds", "In the trainer: flatten, scale, cast and digest the adapter."),
     "refit/transfer_seconds": Metric(
@@ -121,9 +124,11 @@ DOCUMENTED: dict[str, Metric] = {
     "optim/skipped_steps": Metric("steps", "Optimizer steps skipped since the run began, for any reason."),
     "optim/nonfinite_steps": Metric("steps", "Of those: loss or gradient was not finite."),
     "progress/tokens_sampled": Metric(
-        "tokens", "Sampled since the run began, dropped ones and canaries included.", "num_tokens"
+        "tokens", "Sampled since the run began: dropped ones, evaluations and canaries, too.", "num_tokens"
     ),
-    "progress/tokens_trained": Metric("tokens", "Sampled tokens that were trained on since the run began."),
+    "progress/tokens_trained": Metric(
+        "tokens", "Sampled tokens that were trained on since the run began, once for each epoch over a batch."
+    ),
     "progress/prompts": Metric("prompts", "Trained on since the run began."),
     "progress/passed_over": Metric("prompts", "Passed over by the curriculum since the run began, and not sampled."),
     "progress/epoch": Metric("epochs", "Prompts done / tasks of the environment.", "epoch"),

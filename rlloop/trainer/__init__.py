@@ -132,7 +132,7 @@ class Trainer(Protocol):
     def sending_weights(self, name: str) -> AbstractAsyncContextManager[WeightsTicket]:
         """While the block runs, the weights with the adapter merged into them are handed to engines; at its end all have them.
 
-        What the trainer raises goes before what the block raises, for that is a consequence.
+        What the trainer raises goes before what the block raises, for that is a consequence, but where an engine has died.
         """
         ...
 

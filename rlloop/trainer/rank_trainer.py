@@ -13,7 +13,7 @@ from typing import ClassVar, TypeVar
 from anyio import create_task_group
 
 from rlloop.config import TrainerSettings
-from rlloop.errors import RlloopError
+from rlloop.errors import EngineError, RlloopError
 from rlloop.events import Events
 from rlloop.trainer import AdapterWriter, Head, Loss, WeightsWriter
 from rlloop.trainer.flat import Flat
@@ -133,7 +133,7 @@ class RankTrainer(ABC):
     async def sending_weights(self, name: str) -> AsyncIterator[WeightsTicket]:
         """While the block runs, the weights with the adapter merged into them are handed to engines; at its end all have them.
 
-        What the trainer raises goes before what the block raises, for that is a consequence.
+        What the trainer raises goes before what the block raises, for that is a consequence, but where an engine has died.
         """
         assert self._sender is not None
         errors: list[Exception] = []
@@ -161,7 +161,7 @@ class RankTrainer(ABC):
                     else:
                         tasks.cancel_scope.cancel()
         if errors:
-            raise errors[0]
+            raise next((error for error in errors if isinstance(error, EngineError)), errors[0])
 
     async def save(self, name: str, folder: Path) -> None:
         """Write `adapter/` and `state/` into the folder. A forward_backward that is running raises Interrupted."""

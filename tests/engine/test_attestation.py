@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +16,7 @@ from rlloop.engine.tally import Tally
 from rlloop.engine.vllm import VllmEngine
 from rlloop.errors import EngineError, RefitError
 from rlloop.refit.slots import Slots
-from rlloop.types import AdapterTicket, GenerationRequest
+from rlloop.types import AdapterTicket, Completion, GenerationRequest
 
 pytestmark = pytest.mark.anyio
 
@@ -97,3 +100,47 @@ def test_slots_need_no_tensor_parallel_size_of_layers_without_adapters() -> None
     assert not Slots(SimpleNamespace(modules=layers, packed_modules={})).are_sharded
     layers["down_proj"].tp_size = 2
     assert Slots(SimpleNamespace(modules=layers, packed_modules={})).are_sharded
+
+
+class TurnedLlm:
+    """vLLM whose workers answer, and whose request ends, when told."""
+
+    def __init__(self, sentinel: int) -> None:
+        self.answer: asyncio.Future[list[Any]] = asyncio.Future()
+        self.output: asyncio.Future[Any] = asyncio.Future()
+        engine = SimpleNamespace(processes=[SimpleNamespace(sentinel=sentinel)])
+        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=engine))
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        return await self.answer
+
+    async def generate(self, prompt: Any, params: Any, request_id: str, lora_request: Any) -> AsyncIterator[Any]:
+        yield await self.output
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore")
+async def test_a_request_that_ends_in_the_turn_in_which_a_swap_is_told_has_lived_through_it() -> None:
+    reading, writing = os.pipe()
+    llm = TurnedLlm(reading)
+    engine = VllmEngine(llm, Tally(), 100, Path("engine.log"), serves_hops=True)
+    llm.answer.set_result([RIGHT | {"swapped_at": 1.0, "num_sampled": {}}])
+    await engine.publish(0, TICKET)
+    llm.answer = asyncio.Future()
+    found: list[Completion] = []
+
+    async def ask() -> None:
+        found.extend(await engine.generate(GenerationRequest((1,), 0, max_tokens=5, in_flight="hop")))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ask)
+        await anyio.wait_all_tasks_blocked()
+        tasks.start_soon(engine.publish, 1, TICKET)
+        await anyio.wait_all_tasks_blocked()
+        llm.answer.set_result([RIGHT | {"swapped_at": 3.0, "num_sampled": {"0": 3}}])
+        logprobs = SimpleNamespace(logprobs=[-1.0] * 5)
+        whole = SimpleNamespace(token_ids=[4, 5, 6, 7, 8], logprobs=logprobs, finish_reason="length")
+        llm.output.set_result(SimpleNamespace(outputs=[whole], metrics=SimpleNamespace(first_token_ts=2.0)))
+    os.close(reading)
+    os.close(writing)
+    assert found[0].versions.tolist() == [0, 0, 0, 1, 1]
