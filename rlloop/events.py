@@ -3,15 +3,13 @@
     {"name": "rollout", "resource": "engine", "start": 12.5, "end": 14.0, "policy_version": 3, "fields": {"ordinal": 7}}
 
 Times are seconds of CLOCK_MONOTONIC, which all processes of a Linux machine share. A span that an exception left also
-has `error`. A resource is idle when it is not busy: between two readings, 1 - (growth of `busy`) / (seconds passed).
+has `error`.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,60 +20,35 @@ from rlloop.tracking.isolation import Isolated
 FLUSH_LINES = 1024
 
 
-@dataclass(slots=True)
-class _Busy:
-    """Union of a resource's spans: past stretches in `seconds`, and one since `since` while `num_open` is not 0."""
-
-    num_open: int = 0
-    since: float = 0.0
-    seconds: float = 0.0
-
-
 class Events:
-    """Spans and instants of one process. For the event loop's thread only; nothing here waits or raises but for a bug.
+    """Spans of one process. For the event loop's thread only; nothing here waits or raises but for a bug.
 
-    Lines are buffered: call `flush` once per optimizer step. A full disk costs lines (`lost_lines`), not the run.
-    `path` None keeps the busy totals and writes nothing.
+    Lines are buffered: call `flush` once per optimizer step. A full disk costs lines, not the run. `path` None writes nothing.
     """
 
     def __init__(self, path: Path | None, *, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
         self.path = path
-        self.lost_lines = 0
         self._file = jsonl.open_append(path) if path else None
         self._lines: list[bytes] = []
-        self._busy: defaultdict[str, _Busy] = defaultdict(_Busy)
         self._isolated = Isolated("events.jsonl")
 
     def span(self, name: str, resource: str, *, policy_version: int | None = None, **fields: Any) -> Span:
         """Context manager: from enter to exit the resource is busy with this."""
         return Span(self, name, resource, policy_version, fields)
 
-    def instant(self, name: str, resource: str, *, policy_version: int | None = None, **fields: Any) -> None:
-        """Something that happened now and took no time."""
-        now = self.clock()
-        self._record(name, resource, now, now, policy_version, fields, None)
-
     def record(
         self, name: str, resource: str, start: float, end: float, *, policy_version: int | None = None, **fields: Any
     ) -> None:
-        """A span that was timed elsewhere; the resource's `busy` does not count it."""
+        """A span that was timed elsewhere."""
         self._record(name, resource, start, end, policy_version, fields, None)
-
-    def busy(self, resource: str) -> float:
-        """Seconds in which at least one span of the resource was open, up to now; callers subtract two readings."""
-        busy = self._busy[resource]
-        return busy.seconds + (self.clock() - busy.since if busy.num_open else 0.0)
 
     def flush(self) -> None:
         """Hand the buffered lines to the operating system, in one write."""
         lines, self._lines = self._lines, []
         if self._file and lines:
-            failures = self._isolated.failures
             with self._isolated:
                 jsonl.append(self._file, b"".join(lines))
-            if self._isolated.failures > failures:
-                self.lost_lines += len(lines)
 
     def close(self) -> None:
         """Flush, and close the file."""
@@ -83,22 +56,6 @@ class Events:
         if self._file:
             self._file.close()
             self._file = None
-
-    def _open(self, resource: str) -> float:
-        now = self.clock()
-        busy = self._busy[resource]
-        if not busy.num_open:
-            busy.since = now
-        busy.num_open += 1
-        return now
-
-    def _close(self, resource: str) -> float:
-        now = self.clock()
-        busy = self._busy[resource]
-        busy.num_open -= 1
-        if not busy.num_open:
-            busy.seconds += now - busy.since
-        return now
 
     def _record(
         self,
@@ -140,12 +97,12 @@ class Span:
         self._fields = fields
 
     def __enter__(self) -> None:
-        self._start = self._events._open(self._resource)
+        self._start = self._events.clock()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        end = self._events._close(self._resource)
+        end = self._events.clock()
         self._events._record(self._name, self._resource, self._start, end, self._policy_version, self._fields, error)
 
 
