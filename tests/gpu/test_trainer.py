@@ -99,10 +99,7 @@ def test_what_was_compiled_for_one_model_serves_no_other(tmp_path: Path) -> None
 def test_graphs_change_nothing(tmp_path: Path) -> None:
     """Over more lengths than Megatron's cache of angles has room for and several sizes, with two adapters that take turns,
     after one that went."""
-    torch.manual_seed(0)
-    shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.05}
-    Qwen2ForCausalLM(Qwen2Config(**shape, **heads)).save_pretrained(tmp_path)
+    save_model(tmp_path)
     found: dict[str, dict[str, tuple[np.ndarray, dict[str, Tensor]]]] = {}
 
     async def live(kind: str) -> None:
@@ -134,6 +131,30 @@ def test_graphs_change_nothing(tmp_path: Path) -> None:
             assert abs(logprobs - others).mean() < 0.02
             for key, weight in weights.items():
                 torch.testing.assert_close(weight, other_weights[key], atol=0.01, rtol=0)
+
+
+def test_a_graph_that_drops_inputs_serves_training_alone(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    samples = make_samples(4, 4, 0)
+
+    async def live() -> None:
+        async with make_trainer(tmp_path, "on") as trainer:
+            await trainer.create_adapter("a", LoraConfig(rank=4, dropout=0.5))
+            await trainer.forward_backward("a", samples, surrogate)
+            await trainer.optim_step("a", AdamConfig(lr=1e-2, eps=1e-4))
+            one, other = [(await trainer.forward_backward("a", samples, surrogate))["loss"] for _ in range(2)]
+            assert one != other
+            first, second = [np.concatenate(await trainer.logprobs("a", samples)) for _ in range(2)]
+            np.testing.assert_array_equal(first, second)
+
+    anyio.run(live)
+
+
+def save_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.05}
+    Qwen2ForCausalLM(Qwen2Config(**shape, **heads)).save_pretrained(folder)
 
 
 def make_trainer(folder: Path, kind: str) -> RankTrainer:
