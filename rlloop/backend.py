@@ -50,7 +50,8 @@ class Backend:
             differences.append(f"sampling.temperature {settings.sampling.temperature}")
         if settings.lora.rank > own.lora.rank:
             differences.append(f"lora.rank {settings.lora.rank}")
-        if more := {*settings.lora.targets}.difference(own.lora.targets):
+        more = {*settings.lora.targets}.difference(own.lora.targets)
+        if more and own.refit.form == "adapter":  # the engine has slots for others alone
             differences.append(f"lora.targets {', '.join(sorted(more))}")
         if settings.num_versions > own.num_versions:
             differences.append(f"room for {settings.num_versions} policy versions (staleness, evaluation)")

@@ -7,7 +7,6 @@ import logging
 import pkgutil
 import shlex
 import sys
-import time
 from collections.abc import Callable, Coroutine
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from rlloop.flags import parse  # and pydantic, which the usage need not wait for
 
-    started = time.time()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
         algorithm = _algorithm(arguments[0])
@@ -41,17 +39,18 @@ def main(argv: list[str] | None = None) -> int:
         if dry_run:
             sys.stdout.write(settings.to_toml())
             return 0
+        before = _attempt(settings)
         algorithm.main(settings)
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except Stopped as stop:
-        again = f"; continue with: rlloop {shlex.join(_resumed(arguments))}" if _has_begun(settings, started) else ""
+        again = f"; continue with: rlloop {shlex.join(_resumed(arguments))}" if _attempt(settings) != before else ""
         sys.stderr.write(f"{stop}{again}\n")
         return stop.exit_code
     except RlloopError as error:
         sys.stderr.write(f"error: {error}\n")
-        if not _has_begun(settings, started):
+        if _attempt(settings) == before:  # what is there is another run's, if anything
             return 2
         sys.stderr.write(f"run directory: {settings.run_dir} (logs/ has what engine and trainer said)\n")
         return 1
@@ -86,12 +85,12 @@ def _resumed(arguments: list[str]) -> list[str]:
     return [argument for argument in arguments if argument not in ("--overwrite", "--resume")] + ["--resume"]
 
 
-def _has_begun(settings: TrainingSettings, started: float) -> bool:
-    """Whether this process has opened the run directory; else what is there is another run's. `started`: by time.time()."""
+def _attempt(settings: TrainingSettings) -> int | None:
+    """Changes when a run opens its directory."""
     from rlloop.run_directory import ATTEMPT
 
     attempt = settings.run_dir / ATTEMPT
-    return attempt.exists() and attempt.stat().st_mtime > started - 1  # files have a coarser clock
+    return attempt.stat().st_mtime_ns if attempt.exists() else None
 
 
 def _usage() -> str:

@@ -8,7 +8,7 @@
     ├── BadEnvironmentError  an environment cannot be found, built, or breaks its contract
     ├── EngineError          the engine died or refused a request
     ├── TrainerError         a trainer rank died or raised; carries the rank's traceback
-    │   ├── RankDied         a process of the trainer is gone; names the rank and the signal
+    │   ├── RankDied         a process of the trainer is gone, or waits for one that has failed; names the rank
     │   ├── NonFiniteError   too many steps in a row had a non-finite loss or gradient
     │   ├── TornUpdate       an update failed between two of its optimizer steps; its weights are not saved
     │   └── Interrupted      a call to the trainer was ended because another came first (rlloop.trainer.ranks)
@@ -51,7 +51,7 @@ class TrainerError(RlloopError):
 
 
 class RankDied(TrainerError):
-    """A process of the trainer is gone."""
+    """A process of the trainer is gone, or waits for one that has failed."""
 
 
 class NonFiniteError(TrainerError):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, Protocol
 
 import anyio
-import numpy as np
 from anyio import TaskHandle
 
 from rlloop.config import RunSettings, SamplingSettings
@@ -164,7 +163,8 @@ def _check(rollout: Any) -> None:
     """Raises BadEnvironmentError where nothing can be trained on what an environment returned."""
     if not isinstance(rollout, Rollout):
         raise BadEnvironmentError(f"an environment's rollout() must return a Rollout, but returned {rollout!r}")
-    lengths = {name: len(getattr(rollout, name)) for name in ("tokens", "loss_mask", "rollout_logprobs")}
+    names = ("tokens", "loss_mask", "rollout_logprobs", "token_versions")
+    lengths = {name: len(array) for name in names if (array := getattr(rollout, name)) is not None}
     if len({*lengths.values()}) > 1:
         raise BadEnvironmentError(f"a Rollout's arrays must be equally long, but an environment returned {lengths}")
     if lengths["tokens"] and rollout.loss_mask[0]:
@@ -172,10 +172,11 @@ def _check(rollout: Any) -> None:
             "a Rollout's first token cannot carry loss, for nothing predicts it; its loss_mask says so"
         )
     for name, value in rollout.metrics.items():
-        if not isinstance(value, Real | np.bool_):
-            raise BadEnvironmentError(
-                f"a Rollout's metrics must be numbers, but an environment returned {name} {value!r}"
-            )
+        try:
+            math.isnan(value)  # what can be averaged; a string cannot
+        except TypeError as error:
+            message = f"a Rollout's metrics must be numbers, but an environment returned {name} {value!r}"
+            raise BadEnvironmentError(message) from error
 
 
 def _leaf(error: Exception) -> Exception:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements" / "gpu.txt"
-EXTRAS = ("gpu", "megatron", "wandb", "reasoning-gym")
+EXTRAS = ("gpu", "megatron", "smollm2", "wandb", "reasoning-gym")
 
 
 def main() -> None:

@@ -75,6 +75,17 @@ def test_an_error_says_where_the_logs_are(
     assert "Traceback" not in error
 
 
+def test_an_error_before_the_run_begins_does_not_point_to_another_runs_logs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_run_directory(RunSettings(run_dir=tmp_path / "run")):
+        pass
+    assert cli.main(["grpo", "--run_dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "holds a run already" in error
+    assert "logs/" not in error
+
+
 @pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_stopped_run_says_how_to_go_on(
     number: str, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

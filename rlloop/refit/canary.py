@@ -121,7 +121,7 @@ class Canary:
         )
 
     def _advice(self) -> str:
-        since, again = "No version of this run agreed", "start anew"
+        since, again = "No version of this attempt agreed", "start anew, or go on from before it"
         if self._agreed is not None:
             since = f"Version {self._agreed} still agreed"
             again = f"delete the checkpoints of steps after {self._agreed} and --resume"

@@ -180,10 +180,13 @@ class Ranks:
                 if not rank.is_built and reply.error is not None:
                     return reply.error
                 rank.is_built = True
+                if reply.error is not None and not isinstance(reply.error, Interrupted):
+                    self._one_failed = True
+                    scope.deadline = min(scope.deadline, anyio.current_time() + _SECONDS_FOR_A_DEATH)
             return None
 
         if any(rank.num_owed for rank in self._ranks):  # seldom: a call need not start tasks to learn that
-            with anyio.move_on_after(_SECONDS_FOR_A_DEATH if self._one_failed else None):
+            with anyio.move_on_after(_SECONDS_FOR_A_DEATH if self._one_failed else None) as scope:
                 await self._for_each(discard)
             if late := [str(index) for index, rank in enumerate(self._ranks) if rank.num_owed]:
                 raise RankDied(f"trainer rank {', '.join(late)} still waits for one that has failed")

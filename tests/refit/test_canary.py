@@ -179,7 +179,7 @@ async def test_a_wrong_scale_is_caught_and_the_message_says_all(anyio_backend: s
 async def test_logprobs_that_are_not_numbers_are_caught(anyio_backend: str) -> None:
     harness = Harness()
     harness.engine.noise = math.nan
-    assert "No version of this run agreed" in await harness.refused(1)
+    assert "No version of this attempt agreed" in await harness.refused(1)
 
 
 async def test_bfloat16_rounds_and_is_no_error(anyio_backend: str) -> None:

@@ -52,6 +52,7 @@ class Rank:
 
     def fail_on(self, rank):
         if self.context.rank == rank:
+            time.sleep(0.5)
             raise KeyError("missing")
         time.sleep(30)
 
@@ -174,6 +175,16 @@ async def test_one_rank_that_fails_is_enough(module) -> None:
         assert monotonic() - started < 20  # rank 0 sleeps for 30 s
         await ranks.close(timeout=0.1)
     assert not multiprocessing.active_children()
+
+
+async def test_a_call_after_a_cancelled_one_does_not_wait_for_who_waits_for_one_that_failed(module) -> None:
+    async with Ranks([RankSpec(module.Rank)] * 2) as ranks:
+        await ranks.call("echo")
+        with anyio.move_on_after(0.1):
+            await ranks.call("fail_on", 1)
+        with anyio.fail_after(20), pytest.raises(RankDied, match="rank 0 still waits for one that has failed"):
+            await ranks.call("echo")
+        await ranks.close(timeout=0.1)
 
 
 async def test_a_rank_that_is_gone_explains_what_the_others_raise(module) -> None:
