@@ -99,7 +99,7 @@ def test_the_run_directory_is_the_contract(resumed: Any, capsys: pytest.CaptureF
 
 
 def test_a_used_directory_is_refused(resumed: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["grpo", "--run_dir", str(resumed.run_dir)]) == 1
+    assert main(["grpo", "--run_dir", str(resumed.run_dir)]) == 2
     error = capsys.readouterr().err
     assert "--resume" in error
     assert "--overwrite" in error
