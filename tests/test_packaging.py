@@ -22,7 +22,7 @@ FOLDERS = {"rlloop": "rlloop", "rlloop.algorithms": "algorithms", "rlloop.envs":
 
 # A module may import from its own row and from rows above it.
 LAYERS = (
-    ("errors", "types", "processes", "signals", "plugins", "recorded"),
+    ("errors", "types", "processes", "signals", "plugins", "recorded", "meeting"),
     ("config", "flags", "policy_settings", "tracking", "staleness", "ledger"),
     (
         "corrections",

@@ -7,13 +7,13 @@ has refused a ticket leaves nobody inside a collective call; one for which not a
 from __future__ import annotations
 
 from datetime import timedelta
-from socket import create_server
 from threading import Thread
 
 import torch
 from torch.distributed import DistStoreError, PrefixStore, ProcessGroupGloo, TCPStore
 
 from rlloop.errors import RefitError
+from rlloop.meeting import open_store
 
 PATIENCE = 60.0
 """Seconds for which one side waits for the other: a worker may be behind a forward pass over long prompts."""
@@ -61,15 +61,7 @@ class Broadcast:
 
 class _Sender:
     def __init__(self, size: int, device: torch.device) -> None:
-        listener = create_server((_HOST, 0))  # the store's own would listen to the whole network
-        self._store = TCPStore(
-            _HOST,
-            listener.getsockname()[1],
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=PATIENCE),
-            master_listen_fd=listener.detach(),
-        )
+        self._store = open_store(_HOST, 0, timedelta(seconds=PATIENCE))
         self._where = f"{_HOST}:{self._store.port}:{size}"
         # The thread's own: who waits keeps others from using the same. Engines may be told of a ticket much later.
         self._waiting = TCPStore(

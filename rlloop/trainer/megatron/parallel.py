@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass
-from socket import create_server
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from rlloop.config import MegatronSettings
 from rlloop.errors import TrainerError
+from rlloop.meeting import open_store
 from rlloop.trainer.megatron import compat  # noqa: F401  (before anything under megatron)
 
 from megatron.core import parallel_state, tensor_parallel  # isort: skip
@@ -90,17 +90,9 @@ class Groups:
 
 def _meet(address: str, rank: int) -> dist.Store:
     host, _, port = address.partition(":")
-    if rank:
-        return dist.TCPStore(host, int(port), is_master=False, timeout=_TIMEOUT, wait_for_workers=False)
-    listener = create_server((host, int(port)))  # the store's own would listen to the whole network
-    return dist.TCPStore(
-        host,
-        int(port),
-        is_master=True,
-        timeout=_TIMEOUT,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
+    if rank == 0:
+        return open_store(host, int(port), _TIMEOUT)
+    return dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=_TIMEOUT)
 
 
 def start_groups(settings: MegatronSettings, rank: int, num_ranks: int, address: str, seed: int) -> Groups:
