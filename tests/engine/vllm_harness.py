@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import os
 import uuid
@@ -184,8 +183,6 @@ def open_harness(model: Path, folder: Path, **arguments: Any) -> Iterator[Harnes
             with portal.wrap_async_context_manager(vllm) as engine:
                 prefix = shared_memory_prefix(marker)
                 yield Harness(engine, portal, Reference(model), folder, prefix)
-            del engine, vllm
-            gc.collect()  # vLLM leaves a zmq context to the collector, which warns: here that is no error
     finally:
         os.environ.clear()
         os.environ.update(environment)
