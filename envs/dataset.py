@@ -67,8 +67,8 @@ class Dataset(MessageEnvironment):
         return dict(self._rows[index])
 
     def messages(self, task: dict[str, Any]) -> list[Message]:
-        """Those of the row's prompt."""
-        return list(task["prompt"])
+        """Those of the row's prompt, without the keys that datasets fills in with None where other rows have them."""
+        return [{key: value for key, value in message.items() if value is not None} for message in task["prompt"]]
 
     async def rollout(self, task: dict[str, Any], policy: Policy) -> Rollout:
         """One answer."""

@@ -77,7 +77,7 @@ async def open_trainer(
     """Start the trainer alone; `model` is a folder. See `open_backend`.
 
     `temperature` is that of the distributions whose logprobs it computes; `refit` says how the placement's engines get what it
-    trains. Raises ConfigError for a broadcast between ranks that share a GPU.
+    trains.
     """
     from rlloop.refit.stream import WeightsSender
     from rlloop.refit.transports import make_writer
@@ -87,12 +87,6 @@ async def open_trainer(
     transport = refit.transport
     if transport == "auto":
         transport = "memory" if placement.trainer_cores else "cuda_ipc"
-    gpus = (*placement.engine_gpus, *placement.trainer_gpus[:1])
-    if transport == "broadcast" and len({*gpus}) < len(gpus):
-        raise ConfigError(
-            "--refit.transport broadcast: expected a GPU for each rank of engines and one for the trainer's first, as NCCL "
-            f"does, got {', '.join(map(str, gpus))}; use cuda_ipc"
-        )
     segment, num_readers = f"{shared_memory_prefix(marker)}refit", placement.replicas * placement.tensor_parallel
     writer = make_writer(transport, placement.dtype, segment, folder / "refit", num_readers)
     sender = WeightsSender(transport, placement.dtype, segment, num_readers) if refit.form == "full" else None

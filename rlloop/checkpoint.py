@@ -62,27 +62,27 @@ async def write_checkpoint(
     config_sha256, ...). A sound checkpoint of the same step is left as it is. Returns the checkpoint's folder.
 
     Raises CheckpointError if the disk is full or `save` raises an OSError or RlloopError; RankDied comes as itself. However it
-    ends, earlier checkpoints are untouched then and nothing half-written stays.
+    ends, earlier checkpoints are untouched then and nothing half-written stays. It is not cancelled: a rank would go on writing.
     """
     folder = _folder(root) / f"step_{step:06d}"
     temporary = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(4)}")
-    try:
-        if not await to_thread.run_sync(_is_sound, folder):
-            await to_thread.run_sync(_make_room, folder, temporary)
-            await save(temporary)
-            manifest = {"format": _FORMAT, "step": step, **meta, "versions": _versions()}
-            await to_thread.run_sync(_seal, temporary, ledger_state, manifest)
-            await to_thread.run_sync(_commit, temporary, folder)
-        await to_thread.run_sync(_supersede, root, folder, keep)
-    except RankDied:
-        raise
-    except (OSError, RlloopError) as error:
-        raise CheckpointError(
-            f"the checkpoint of step {step} could not be written to {folder.parent}: {error}. "
-            "Earlier checkpoints are untouched; free some disk space if it is full"
-        ) from error
-    finally:
-        with CancelScope(shield=True):
+    with CancelScope(shield=True):
+        try:
+            if not await to_thread.run_sync(_is_sound, folder):
+                await to_thread.run_sync(_make_room, folder, temporary)
+                await save(temporary)
+                manifest = {"format": _FORMAT, "step": step, **meta, "versions": _versions()}
+                await to_thread.run_sync(_seal, temporary, ledger_state, manifest)
+                await to_thread.run_sync(_commit, temporary, folder)
+            await to_thread.run_sync(_supersede, root, folder, keep)
+        except RankDied:
+            raise
+        except (OSError, RlloopError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {folder.parent}: {error}. "
+                "Earlier checkpoints are untouched; free some disk space if it is full"
+            ) from error
+        finally:
             await to_thread.run_sync(partial(shutil.rmtree, temporary, ignore_errors=True))
     return folder
 

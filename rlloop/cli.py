@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from rlloop import __version__
-from rlloop.errors import ConfigError, RlloopError, Stopped
+from rlloop.errors import ConfigError, EngineError, RankDied, RlloopError, Stopped
 
 if TYPE_CHECKING:
     from rlloop.config import TrainingSettings
@@ -47,6 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stop:
         again = f"; continue with: rlloop {shlex.join(_resumed(arguments))}" if _attempt(settings) != before else ""
         sys.stderr.write(f"{stop}{again}\n")
+        cause = stop.__cause__
+        # A signal to the whole process group ends engine and ranks, too; any other error was there before, or came on the way.
+        if isinstance(cause, RlloopError) and not isinstance(cause, EngineError | RankDied):
+            sys.stderr.write(f"it also failed, before or while it ended: {cause}\n")
         return stop.exit_code
     except RlloopError as error:
         sys.stderr.write(f"error: {error}\n")

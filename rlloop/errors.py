@@ -72,3 +72,11 @@ class Stopped(RlloopError):
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(f"stopped by {number.name}")
         self.exit_code = 128 + number
+
+
+def first_error(error: BaseException) -> BaseException:
+    """Of an error's groups the leaf that says most: an RlloopError among several, else the first."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [first_error(inner) for inner in error.exceptions]
+    return next((leaf for leaf in leaves if isinstance(leaf, RlloopError)), leaves[0])

@@ -195,4 +195,4 @@ def _canonical(value: Any) -> str:
             return f"{name}{_canonical(fields)}"
         if attributes := getattr(value, "__dict__", None):
             return f"{name}{_canonical(attributes)}"
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

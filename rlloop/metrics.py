@@ -57,7 +57,7 @@ class StepMetrics:
         self._engine.reset_longest_gap()
         for name in TOTALS:
             self.totals[name] += change["generated"] if name == SAMPLED else step.metrics.get(name, 0.0)
-        served = statistics.first_token_seconds.get(step.number - 1, statistics.first_token_seconds.get(step.number))
+        first_token = max(statistics.first_token_seconds.items(), default=(0, float("nan")))[1]
         return {
             **dict.fromkeys(UPDATE_METRICS, float("nan")),
             **_reward_metrics([*step.groups, *step.filtered]),
@@ -87,7 +87,7 @@ class StepMetrics:
             "refit/transfer_seconds": step.refit.transfer_seconds,
             "refit/load_seconds": step.refit.load_seconds,
             "refit/verify_seconds": step.refit.verify_seconds,
-            "refit/first_token_seconds": float("nan") if served is None else served,
+            "refit/first_token_seconds": first_token,
             "refit/longest_gap_seconds": statistics.longest_gap_seconds,
             "perf/overlap_efficiency": min(1.0, max(engine_busy, trainer_busy)),
             "perf/gen_tokens_per_second": change["generated"] / seconds,

@@ -70,11 +70,15 @@ class Placement:
 def place(settings: RunSettings) -> Placement:
     """What this machine offers to this run. Blocks: it looks at the model, and may ask nvidia-smi.
 
-    Raises ConfigError for what it does not offer, and as `split_cores`, `split_gpus` and `resolve_model` do.
+    Raises ConfigError for what it does not offer, and as `split_cores`, `split_gpus`, `check_transport` and `resolve_model` do.
     """
     dtype, wanted = resolve_dtype(settings), settings.placement
     if has_gpu():
-        return split_gpus(settings, dtype, len(visible_gpus()), lambda sizes: _smallest_fit(settings, dtype, sizes))
+        placement = split_gpus(
+            settings, dtype, len(visible_gpus()), lambda sizes: _smallest_fit(settings, dtype, sizes)
+        )
+        check_transport(settings, placement)
+        return placement
     for flag, is_set in (
         ("colocate", wanted.colocate),
         ("engines-a-gpu", wanted.engines_a_gpu > 1),
@@ -188,6 +192,16 @@ def split_gpus(
         tuple(sorted(trainer or (engines + others if is_shared else others)[:num_ranks])),
         "; ".join(reasons),
     )
+
+
+def check_transport(settings: RunSettings, placement: Placement) -> None:
+    """Raises ConfigError for a broadcast between ranks that share a GPU."""
+    gpus = (*placement.engine_gpus, *placement.trainer_gpus[:1])
+    if settings.refit.transport == "broadcast" and len({*gpus}) < len(gpus):
+        raise ConfigError(
+            "--refit.transport broadcast: expected a GPU for each rank of engines and one for the trainer's first, as NCCL "
+            f"does, got {', '.join(map(str, gpus))}; use cuda_ipc"
+        )
 
 
 def _engine_sizes(settings: RunSettings, num_gpus: int, *, is_exact: bool) -> list[int]:

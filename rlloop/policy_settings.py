@@ -23,6 +23,8 @@ class CorrectionSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> CorrectionSettings:
+        if self.bound == "none" and self.model_copy(update={"bound": "truncate"}) != CorrectionSettings():
+            raise ValueError("with bound none nothing is corrected: leave out level, floor and cap")
         if self.floor >= self.cap:
             raise ValueError(f"floor {self.floor} is not below cap {self.cap}")
         if self.floor and self.bound != "mask":

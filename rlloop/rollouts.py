@@ -167,6 +167,9 @@ def _check(rollout: Any) -> None:
     lengths = {name: len(array) for name in names if (array := getattr(rollout, name)) is not None}
     if len({*lengths.values()}) > 1:
         raise BadEnvironmentError(f"a Rollout's arrays must be equally long, but an environment returned {lengths}")
+    kind = str(getattr(rollout.loss_mask, "dtype", type(rollout.loss_mask).__name__))
+    if kind != "bool":
+        raise BadEnvironmentError(f"a Rollout's loss_mask must be an array of bool, but an environment returned {kind}")
     if lengths["tokens"] and rollout.loss_mask[0]:
         raise BadEnvironmentError(
             "a Rollout's first token cannot carry loss, for nothing predicts it; its loss_mask says so"

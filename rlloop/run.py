@@ -23,7 +23,7 @@ from rlloop.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
 from rlloop.config import RunSettings, TrainingSettings
 from rlloop.engine import Engine
 from rlloop.environment import Environment, load_environment
-from rlloop.errors import CheckpointError, ConfigError, RankDied, RlloopError, TornUpdate
+from rlloop.errors import CheckpointError, ConfigError, RankDied, TornUpdate, first_error
 from rlloop.evaluation import Evaluation
 from rlloop.events import Events
 from rlloop.ledger import Ledger, fingerprint
@@ -39,7 +39,7 @@ from rlloop.rollouts import derive_seed, sample_group
 from rlloop.run_directory import RunDirectory, open_run_directory
 from rlloop.signals import stop_on_signals
 from rlloop.staleness import Backlog
-from rlloop.tracking import Trackers, open_trackers
+from rlloop.tracking import Trackers, check_trackers, open_trackers
 from rlloop.trainer import Head, Trainer
 from rlloop.types import Group, InFlight, LoraConfig, Metrics, Prompt
 
@@ -181,7 +181,7 @@ class Run:
         """Raises TornUpdate where that is what has ended the loop."""
         torn = BaseExceptionGroup("", [end]).subgroup(TornUpdate)
         if torn is not None:
-            raise _first(torn)
+            raise first_error(torn)
         await self._save()
 
     async def _save(self) -> None:
@@ -230,6 +230,7 @@ async def open_run(
         await to_thread.run_sync(resolve_model, settings.model)
     else:
         backend.check(settings)
+    num_tasks = _count_tasks(settings, environment)
     async with AsyncExitStack() as stack:
         directory, checkpoint, events, tracker = open_records(settings, stack)
         scorer = await stack.enter_async_context(
@@ -240,7 +241,7 @@ async def open_run(
                 timeout=settings.environment.score_timeout,
             )
         )
-        ledger, tasks_fingerprint = _open_ledger(settings, environment, checkpoint)
+        ledger, tasks_fingerprint = _open_ledger(settings, environment, num_tasks, checkpoint)
 
         policy: tuple[LoraConfig, Head] = LoraConfig(**dict(settings.lora), seed=settings.seed), "policy"
         all_adapters = {POLICY: policy, **(adapters or {})}
@@ -288,6 +289,7 @@ def open_records(
     settings: TrainingSettings, stack: AsyncExitStack
 ) -> tuple[RunDirectory, Checkpoint | None, Events, Trackers]:
     """What a run writes, and the checkpoint that it goes on from; `stack` closes them."""
+    check_trackers(settings)
     directory = stack.enter_context(open_run_directory(settings))
     checkpoint = newest_checkpoint(directory.path) if settings.resume else None
     events = Events(directory.path / "events.jsonl")
@@ -342,13 +344,20 @@ def _adapter_folder(checkpoint: Path, name: str) -> Path:
     return checkpoint if name == POLICY else checkpoint / name
 
 
-def _open_ledger(settings: RunSettings, environment: Environment, checkpoint: Checkpoint | None) -> tuple[Ledger, str]:
+def _count_tasks(settings: RunSettings, environment: Environment) -> int:
+    """Those to train on."""
     num_tasks = len(environment) - settings.num_held_out
     if num_tasks < 1:
         raise ConfigError(
             f"--evaluation.num-prompts: expected less than the environment's {len(environment)} tasks, "
             f"got {settings.num_held_out}"
         )
+    return num_tasks
+
+
+def _open_ledger(
+    settings: RunSettings, environment: Environment, num_tasks: int, checkpoint: Checkpoint | None
+) -> tuple[Ledger, str]:
     tasks = [environment.task(index) for index in range(min(num_tasks, 16))]
     identity = fingerprint(settings.env, settings.all_env_args, num_tasks, tasks)
     if checkpoint is None:
@@ -375,7 +384,7 @@ def run(main: Callable[[SettingsT, str], Coroutine[Any, Any, None]], settings: S
         try:
             anyio.run(stoppable, backend_options={"use_uvloop": True})  # see benchmarks/loop_overhead.py
         except BaseExceptionGroup as group:
-            raise _first(group) from None
+            raise first_error(group) from None
 
 
 def tune_garbage_collector() -> None:
@@ -385,11 +394,3 @@ def tune_garbage_collector() -> None:
     Python's default of 700.
     """
     gc.set_threshold(50_000)
-
-
-def _first(error: BaseException) -> BaseException:
-    """The error that says most: an RlloopError among several, else the first."""
-    if not isinstance(error, BaseExceptionGroup):
-        return error
-    leaves = [_first(inner) for inner in error.exceptions]
-    return next((leaf for leaf in leaves if isinstance(leaf, RlloopError)), leaves[0])

@@ -24,7 +24,8 @@ from rlloop.errors import RunDirectoryError
 CONFIG = "config.toml"
 ATTEMPT = "attempt"
 FIXED = (
-    *("model", "env", "env_args", "seed", "group_size", "lora.rank", "lora.alpha", "lora.targets", "init_adapter"),
+    *("model", "env", "env_args", "rewards", "seed", "group_size", "init_adapter"),
+    *("lora.rank", "lora.alpha", "lora.targets"),
     *("critic.lora.rank", "critic.lora.alpha", "critic.lora.targets"),
     *("dataset", "dataset_name", "split", "max_length"),
 )
@@ -76,7 +77,8 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
     A run that was started but has no checkpoint yet can be resumed: it begins anew, as its next attempt.
 
     Raises RunDirectoryError if the directory is used and neither flag is given, if it is no run directory, if it holds
-    nothing to resume, if a setting of `FIXED` differs from that of the run to resume, or if another run is using it.
+    nothing to resume, or what the run is to begin with and `overwrite` would delete, if a setting of `FIXED` differs from that
+    of the run to resume, or if another run is using it.
     """
     path = settings.run_dir
     _check(path, settings)  # before anything is written
@@ -121,6 +123,13 @@ def _check(path: Path, settings: TrainingSettings) -> None:
             f"--run-dir {path} holds a run already: --resume continues it, --overwrite deletes it and starts anew, "
             "or choose another --run-dir"
         )
+    for name in ("model", "init_adapter", "dataset") if settings.overwrite else ():
+        needed = getattr(settings, name, None)
+        if needed and Path(needed).exists() and Path(needed).resolve().is_relative_to(path.resolve()):
+            raise RunDirectoryError(
+                f"--overwrite would delete --{name.replace('_', '-')} {needed} with all of --run-dir {path}: choose another "
+                "--run-dir"
+            )
 
 
 def _lock(path: Path) -> IO[str]:

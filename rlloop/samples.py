@@ -81,7 +81,7 @@ async def with_kl_penalty(trainer: Trainer, groups: Sequence[Group], kl_coef: fl
     """
     samples = make_samples(groups, raw_rewards, token_weights)
     ref_logprobs = await trainer.logprobs(None, samples)
-    kls = [float((s.rollout_logprobs - ref).sum()) for s, ref in zip(samples, ref_logprobs, strict=True)]
+    kls = [float((s.rollout_logprobs - ref)[s.loss_mask].sum()) for s, ref in zip(samples, ref_logprobs, strict=True)]
     num_tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
     remaining = iter(kls)
 

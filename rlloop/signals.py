@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from anyio import TASK_STATUS_IGNORED, CancelScope, create_task_group, open_signal_receiver
 from anyio.abc import TaskStatus
 
-from rlloop.errors import Stopped
+from rlloop.errors import Stopped, first_error
 
 
 @asynccontextmanager
@@ -35,7 +35,7 @@ async def stop_on_signals() -> AsyncIterator[None]:
             tasks.cancel_scope.cancel()
     except Exception as error:
         if received:  # a signal to the whole process group ends the engine, too, and its requests then fail
-            raise Stopped(received[0]) from error
+            raise Stopped(received[0]) from first_error(error)
         raise
     if received:
         raise Stopped(received[0])

@@ -10,6 +10,7 @@ from math import isfinite
 from time import monotonic
 from typing import Any
 
+import numpy as np
 from anyio import CancelScope
 
 from rlloop.errors import TornUpdate
@@ -153,13 +154,22 @@ def made_whole() -> Iterator[Callable[[], None]]:
 _SUMMED = ("optim/skipped_steps", "optim/nonfinite_steps", "value/nonfinite_steps", "progress/tokens_trained")
 
 
+_WEIGHED_BY = {"policy": "progress/tokens_trained", "perf": "time/forward_backward"}
+"""What a mean of metrics of this kind is over."""
+
+
 def merged(steps: Sequence[Metrics]) -> Metrics:
-    """Of several optimizer steps on one batch: counts and times are summed, `_max` is the greatest, the rest is averaged."""
+    """Of several optimizer steps on one batch: counts and times are summed, `_max` is the greatest, the rest is averaged: means
+    over tokens by tokens, rates by time."""
     found: Metrics = {}
     for name in dict.fromkeys(name for step in steps for name in step):
-        values = [step[name] for step in steps if name in step]
+        having = [step for step in steps if name in step]
+        values = [step[name] for step in having]
         if name in _SUMMED or name.startswith("time/"):
             found[name] = sum(values)
+        elif name.endswith("_max"):
+            found[name] = max(values)
         else:
-            found[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+            weight = _WEIGHED_BY.get(name.partition("/")[0], "")
+            found[name] = float(np.average(values, weights=[step.get(weight, 1.0) for step in having]))
     return found

@@ -245,19 +245,3 @@ def test_each_engine_gets_gpus_of_its_own(replicas: int, tmp_path: Path, monkeyp
         assert found == [((0, 1), 2, "engine.log", None)]
     else:
         assert found == [((0,), 1, "engine-0.log", None), ((1,), 1, "engine-1.log", None)]
-
-
-@pytest.mark.parametrize(("engine_gpus", "trainer_gpus"), [((0, 1), (1,)), ((0, 0), (1, 2))])
-def test_nccl_wants_a_gpu_for_each_rank(
-    engine_gpus: tuple[int, ...], trainer_gpus: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rlloop.backend.load_tokenizer", lambda model: None)
-    settings = RunSettings(model="owner/name", refit={"transport": "broadcast"})
-    placement = Placement("bfloat16", None, None, engine_gpus=engine_gpus, replicas=2, trainer_gpus=trainer_gpus)
-
-    async def run() -> None:
-        async with open_backend(settings, "marker", tmp_path, placement=placement):
-            pass
-
-    with pytest.raises(ConfigError, match=r"expected a GPU for each rank .*, got [01], "):
-        anyio.run(run)

@@ -10,7 +10,7 @@ import pytest
 
 from rlloop import __version__, cli
 from rlloop.config import RunSettings
-from rlloop.errors import EngineError, Stopped
+from rlloop.errors import EngineError, RefitError, Stopped
 from rlloop.run_directory import open_run_directory
 
 HEAVY = ("torch", "vllm", "transformers", "peft", "wandb")
@@ -101,12 +101,34 @@ def test_a_stopped_run_says_how_to_go_on(
 
 
 @pytest.mark.parametrize(
+    ("cause", "is_told"), [(RefitError("the canary disagrees"), True), (EngineError("the engine died"), False)]
+)
+def test_a_stop_does_not_hide_an_error_that_did_not_come_of_it(
+    cause: Exception,
+    is_told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stop = Stopped(signal.SIGTERM)
+    stop.__cause__ = cause
+    fake_algorithm(monkeypatch, stop)
+    assert cli.main(["grpo", "--run-dir", str(tmp_path)]) == 143
+    assert (f"it also failed, before or while it ended: {cause}" in capsys.readouterr().err) == is_told
+
+
+@pytest.mark.parametrize(
     "flags",
-    [["--env", "nosuch"], ["--engine.cpu_cores", "0-9999"], ["--model", "./missing"], ["--env_args", '{"x": 1}']],
+    [
+        *(["--env", "nosuch"], ["--engine.cpu_cores", "0-9999"], ["--model", "./missing"], ["--env_args", '{"x": 1}']),
+        ["--tracking.wandb", "offline"],
+        ["--evaluation.every", "5", "--evaluation.num-prompts", "99999999"],
+    ],
 )
 def test_a_typo_leaves_no_run_directory_behind(
-    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("rlloop.tracking.importlib.util.find_spec", lambda name: None)
     assert cli.main(["grpo", "--run_dir", str(tmp_path / "run"), *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -36,6 +36,10 @@ BAD_FLAGS = {
     "floor above the group": ("--environment.min-group-size 9", "--environment.min-group-size (9)", "--group-size (8)"),
     "cap below the bound": ("--staleness-cap 1", "--staleness-cap (1)", "at least --max-staleness (2)"),
     "cap of nothing": ("--staleness-cap 9 --on-stale drop", "--staleness-cap does nothing with --on-stale drop"),
+    "no correction": (
+        "--correction.bound none --correction.level sequence",
+        "--correction: with bound none nothing is corrected",
+    ),
     "no engine": ("--placement.replicas 0", "--placement.replicas", "greater than or equal to 1", "got '0'"),
     "weights through a file": ("--refit.form full --refit.transport disk", "goes through memory", "--refit.transport"),
     "both at once": ("--resume --overwrite", "--resume and --overwrite exclude each other"),

@@ -194,6 +194,19 @@ def test_fingerprint_is_equal_in_every_process():
     assert run.stdout.strip() == sample_fingerprint()
 
 
+def test_fingerprint_has_no_addresses():
+    class Named:
+        def __init__(self, address: str) -> None:
+            self.address = address
+
+        __slots__ = ("address",)
+
+        def __repr__(self) -> str:
+            return f"Generator(PCG64) at 0x{self.address}"
+
+    assert fingerprint("env", {}, 1, [Named("7F9D20C27760")]) == fingerprint("env", {}, 1, [Named("7f9d20c27d80")])
+
+
 class SimulatedRun:
     """Rollouts end in any order; training, checkpoints, kills. `log` is what the surviving weights have seen."""
 

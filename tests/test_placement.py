@@ -12,6 +12,7 @@ from rlloop.config import EngineSettings, RefitSettings, RunSettings, TrainerSet
 from rlloop.errors import ConfigError
 from rlloop.placement import (
     Placement,
+    check_transport,
     divide,
     fast_bfloat16,
     gpu_bytes,
@@ -240,6 +241,14 @@ def test_engines_on_one_gpu_need_memory_each(number: int) -> None:
     assert place(advice).engine_gpus == (0,) * number
     with pytest.raises(ConfigError):
         place(advice + 0.01)
+
+
+@pytest.mark.parametrize(("engine_gpus", "trainer_gpus"), [((0, 1), (1,)), ((0, 0), (1, 2))])
+def test_nccl_wants_a_gpu_for_each_rank(engine_gpus: tuple[int, ...], trainer_gpus: tuple[int, ...]) -> None:
+    placement = Placement("bfloat16", None, None, engine_gpus=engine_gpus, replicas=2, trainer_gpus=trainer_gpus)
+    with pytest.raises(ConfigError, match=r"expected a GPU for each rank .*, got [01], "):
+        check_transport(RunSettings(refit={"transport": "broadcast"}), placement)
+    check_transport(RunSettings(), placement)
 
 
 def lists(num_gpus: int) -> st.SearchStrategy[str]:

@@ -196,6 +196,8 @@ async def test_a_rollout_that_is_none_breaks_the_contract() -> None:
     [
         (lambda good: {"tokens": good.tokens[1:]}, r"must be equally long, but .*'tokens': \d+, 'loss_mask': \d+"),
         (lambda good: {"loss_mask": good.loss_mask | True}, "first token cannot carry loss"),
+        (lambda good: {"loss_mask": good.loss_mask.astype(np.int64)}, "loss_mask must be an array of bool, .* int64"),
+        (lambda good: {"loss_mask": good.loss_mask.tolist()}, "loss_mask must be an array of bool, .* list"),
         (lambda good: {"metrics": {"won": None}}, "metrics must be numbers, but an environment returned won None"),
         (lambda good: {"metrics": {"won": "1"}}, "metrics must be numbers, but an environment returned won '1'"),
     ],

@@ -29,12 +29,20 @@ from rlloop.checkpoint import newest_checkpoint
 from rlloop.config import RunSettings, SettingsT
 from rlloop.engine.fake import FakeEngine
 from rlloop.environment import Policy, Trajectory
-from rlloop.errors import BadEnvironmentError, CheckpointError, EngineError, RefitError, Stopped, TrainerError
+from rlloop.errors import (
+    BadEnvironmentError,
+    CheckpointError,
+    EngineError,
+    RefitError,
+    Stopped,
+    TrainerError,
+    first_error,
+)
 from rlloop.events import Events
 from rlloop.ledger import Ledger
 from rlloop.refit.publisher import Refit
 from rlloop.rewards import Scorer
-from rlloop.run import POLICY, Adapters, Run, _first, create_adapters, run
+from rlloop.run import POLICY, Adapters, Run, create_adapters, run
 from rlloop.run_directory import open_run_directory
 from rlloop.samples import make_samples
 from rlloop.signals import stop_on_signals
@@ -326,7 +334,7 @@ def test_an_update_that_fails_halfway_is_not_saved(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Trainer, "forward_backward", fail)
     with pytest.raises(BaseExceptionGroup) as caught:
         train(config)
-    assert str(_first(caught.value)) == "out of memory"
+    assert str(first_error(caught.value)) == "out of memory"
     monkeypatch.undo()
     saved = newest_checkpoint(config.run_dir)
     assert saved is not None
@@ -463,7 +471,7 @@ async def test_a_reward_that_always_fails_ends_the_run_with_its_error(tmp_path: 
     with pytest.raises(ExceptionGroup) as caught:
         async with open_fake_run(config, Broken()) as fake:
             await fake.train(update)
-    error = _first(caught.value)
+    error = first_error(caught.value)
     assert isinstance(error, BadEnvironmentError)
     assert "my_env.py:7" in str(error)
 
@@ -485,7 +493,7 @@ async def test_an_engine_that_dies_leaves_a_checkpoint_of_the_last_step(tmp_path
         fake.engine.generate = die  # type: ignore[method-assign]
         with pytest.raises(ExceptionGroup) as caught:
             await fake.train(update)
-    assert isinstance(_first(caught.value), EngineError)
+    assert isinstance(first_error(caught.value), EngineError)
     saved = newest_checkpoint(config.run_dir)
     assert saved is not None
     assert saved.step in (3, 4)
@@ -506,15 +514,15 @@ async def test_the_first_error_is_told_even_if_nothing_can_be_saved(tmp_path: Pa
         fake.trainer.optim_step = die  # type: ignore[assignment, method-assign]
         with pytest.raises((ExceptionGroup, TrainerError)) as caught:
             await fake.train(update)
-    error = _first(caught.value)
+    error = first_error(caught.value)
     assert isinstance(error, TrainerError)
     assert not isinstance(error, CheckpointError)
 
 
 def test_run_raises_the_error_that_says_most() -> None:
     nested = BaseExceptionGroup("", [ValueError("b"), ExceptionGroup("", [KeyError("a"), EngineError("died")])])
-    assert str(_first(nested)) == "died"
-    assert isinstance(_first(ExceptionGroup("", [KeyError("a"), ValueError("b")])), KeyError)
+    assert str(first_error(nested)) == "died"
+    assert isinstance(first_error(ExceptionGroup("", [KeyError("a"), ValueError("b")])), KeyError)
 
 
 def test_run_unwraps_the_groups_of_task_groups() -> None:
@@ -591,7 +599,7 @@ def test_a_canary_that_disagrees_ends_the_run_before_the_next_update(tmp_path: P
 
     with pytest.raises(BaseExceptionGroup) as caught:
         anyio.run(main)
-    error = _first(caught.value)
+    error = first_error(caught.value)
     assert isinstance(error, RefitError)
     assert "policy version 3" in str(error)
     saved = newest_checkpoint(tmp_path / "run")
@@ -660,4 +668,4 @@ def test_an_evaluation_that_fails_ends_the_run(tmp_path: Path) -> None:
 
     with pytest.raises(BaseExceptionGroup) as caught:
         train(make_settings(tmp_path / "run", evaluation=HELD_OUT), scorer=Broken())
-    assert isinstance(_first(caught.value), EngineError)
+    assert isinstance(first_error(caught.value), EngineError)

@@ -77,11 +77,17 @@ def test_resume_with_other_settings_names_each_flag_and_both_values(tmp_path):
     assert start(tmp_path, resume=True, env_args={"level": 1}, lora={"rank": 8}).attempt == 2
 
 
-@pytest.mark.parametrize("setting", ["model", "env", "seed", "group_size"])
-def test_each_fixed_setting(tmp_path, setting):
+@pytest.mark.parametrize(
+    ("setting", "value", "shown"),
+    [
+        *(("model", "other", "'other'"), ("env", "other", "'other'"), ("seed", 4, "4"), ("group_size", 4, "4")),
+        ("rewards", ("module:other",), r"\['module:other'\]"),
+    ],
+)
+def test_each_fixed_setting(tmp_path, setting, value, shown):
     start(tmp_path)
-    changed = {setting: "other" if setting in ("model", "env") else 4}
-    with pytest.raises(RunDirectoryError, match=f"--{setting.replace('_', '-')} was .* and is '?{changed[setting]}'?"):
+    changed = {setting: value}
+    with pytest.raises(RunDirectoryError, match=f"--{setting.replace('_', '-')} was .* and is {shown}"):
         start(tmp_path, resume=True, **changed)
 
 
@@ -114,6 +120,17 @@ def test_overwrite_starts_anew(tmp_path):
     assert not list(run.checkpoints.iterdir())
     assert sorted(entry.name for entry in run.path.iterdir() if entry.is_file()) == ["attempt", "config.toml"]
     assert (outside / "file").exists()
+
+
+@pytest.mark.parametrize("setting", ["init_adapter", "model"])
+def test_what_a_run_begins_with_is_not_deleted(tmp_path, setting):
+    run = start(tmp_path)
+    adapter = run.checkpoints / "step_000001" / "adapter"
+    adapter.mkdir(parents=True)
+    (run.path / "latest").symlink_to("checkpoints/step_000001")
+    with pytest.raises(RunDirectoryError, match=f"--overwrite would delete --{setting.replace('_', '-')} .*latest"):
+        start(tmp_path, overwrite=True, **{setting: str(run.path / "latest" / "adapter")})
+    assert adapter.exists()
 
 
 @pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}])

@@ -82,6 +82,8 @@ def test_samples_without_a_signal_are_left_out_and_the_others_keep_their_weight(
 def test_the_kl_penalty_is_the_sum_over_the_tokens_of_a_rollout() -> None:
     trainer: Any = Trainer()
     groups = [group(1, (rollout(2, 1), rollout(2, 0), rollout(2, 3)), (1.0, 1.0, 1.0)), GROUPS[1]]
+    noted = groups[0].rollouts[0]  # logprobs that its environment kept of its prompt are no part of it
+    noted.rollout_logprobs[~noted.loss_mask] = -7.0
     found, kl = anyio.run(with_kl_penalty, trainer, groups, 0.1)
     assert kl == pytest.approx(3)
     # Sampled at -2, the base has -5: 3 nats a token; a rollout without tokens loses nothing.

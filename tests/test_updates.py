@@ -128,6 +128,19 @@ def test_merged_steps() -> None:
     assert merged([{"value/mean": 3.0}, *steps]) == {"value/mean": 3.0, **expected}
 
 
+def test_means_over_tokens_are_merged_by_tokens_and_rates_by_time() -> None:
+    few = {"policy/kl_ref": 1.0, "progress/tokens_trained": 10.0}
+    many = {"policy/kl_ref": 0.2, "progress/tokens_trained": 30.0}
+    few |= {"perf/train_tokens_per_second": 100.0, "time/forward_backward": 3.0}
+    many |= {"perf/train_tokens_per_second": 200.0, "time/forward_backward": 1.0}
+    assert merged([few, many]) == {
+        "policy/kl_ref": pytest.approx(0.4),
+        "progress/tokens_trained": 40.0,
+        "perf/train_tokens_per_second": 125.0,
+        "time/forward_backward": 4.0,
+    }
+
+
 @pytest.mark.parametrize(
     ("kl", "expected"),
     [(0.11, 0.5 * 1.01), (0.05, 0.5 * 0.98), (0.5, 0.5 * 1.02), (0.1, 0.5)],

@@ -36,6 +36,11 @@ class Replicas:
         self._homes: dict[int, dict[int, _Replica]] = {}
         """Per version that is served, the groups that have come, and where they went."""
 
+    @property
+    def engines(self) -> list[Engine]:
+        """Each by itself."""
+        return [replica.engine for replica in self._replicas]
+
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         """See `Engine.generate`. A version is served when all replicas hold it."""
         version = request.policy_version

@@ -1,7 +1,7 @@
 """A few tokens that the engine samples with a version just published, scored by the trainer: do both compute the same policy?
 
-    publish v ──▶ engine samples 8 x 8 tokens with v ──▶ trainer scores them ──▶ update to v + 1
-                  (beside the rollouts)                  (one short forward pass, while its weights are still v's)
+    publish v ──▶ each engine samples 8 x 8 tokens with v ──▶ trainer scores them ──▶ update to v + 1
+                  (beside the rollouts)                       (one short forward pass, while its weights are still v's)
 
 The digest proves that a version's bytes are in the engine; the canary, that the engine computes with them what the trainer
 does: the right scale, slot and layers, the same base model and temperature.
@@ -10,15 +10,18 @@ does: the right scale, slot and layers, the same base model and temperature.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 from time import monotonic
 from typing import Any
 
 import numpy as np
-from anyio import TaskHandle
+from anyio import TaskHandle, create_task_group
 from anyio.abc import TaskGroup
 
 from rlloop.config import RunSettings
 from rlloop.engine import Engine
+from rlloop.engine.replicas import Replicas
 from rlloop.errors import RefitError
 from rlloop.events import Events
 from rlloop.placement import resolve_dtype
@@ -39,84 +42,91 @@ On right weights they measured at most 8e-6 in 64 tokens (benchmarks/results/can
 
 
 class Canary:
-    """Checks the first version that a run publishes and every `every`-th; 0: none.
+    """Checks the first version that a run publishes and every `every`-th, on each engine by itself; 0: none.
 
-    `prompt` are token ids, `temperature` is that of the trainer's logprobs.
+    `request` is asked with other seeds and the version that is checked; its temperature is that of the trainer's logprobs.
     """
 
     def __init__(
         self,
         trainer: Trainer,
-        engine: Engine,
+        engines: Sequence[Engine],
         refit: Refit,
         adapter: str,
         events: Events,
         *,
-        prompt: Sequence[int],
-        max_model_len: int,
-        temperature: float,
+        request: GenerationRequest,
         dtype: str,
         every: int,
     ) -> None:
         self._trainer = trainer
-        self._engine = engine
+        self._engines = engines
         self._refit = refit
         self._adapter = adapter
         self._events = events
-        self._prompt = tuple(prompt)[: max_model_len // 2]
-        self._max_tokens = min(NUM_TOKENS, max_model_len - len(self._prompt))
-        self._temperature = temperature
+        self._request = request
         self._dtype = dtype
-        self._bound = BOUNDS[dtype] / min(1.0, temperature)  # logits are divided by it, and so is what they are off
+        self._bound = BOUNDS[dtype] / min(
+            1.0, request.temperature
+        )  # logits are divided by it, and so is what they are off
         self._every = every
-        self._sampling: TaskHandle[list[Completion], None] | None = None
+        self._sampling: TaskHandle[list[list[Completion]], None] | None = None
         self._agreed: int | None = None
         """The last version that did."""
 
     def start(self, tasks: TaskGroup) -> None:
-        """Have the engine sample with the newest version, in the background, if its turn has come."""
+        """Have the engines sample with the newest version, in the background, if its turn has come."""
         if self._every and (self._agreed is None or self._refit.latest % self._every == 0):
             self._sampling = tasks.start_soon(self._sample)
 
     async def check(self) -> Metrics:
         """Compare what was started since the last check: to be called before the trainer's weights change.
 
-        -> `refit/canary_difference` and `time/canary`; nothing if nothing was started. Raises RefitError beyond the bound.
+        -> `refit/canary_difference`, the greatest of the engines', and `time/canary`; nothing if nothing was started. Raises
+        RefitError beyond the bound.
         """
         sampling, self._sampling = self._sampling, None
         if sampling is None:
             return {}
         started = monotonic()
-        completions = await sampling
-        samples = [to_score(self._prompt, completion) for completion in completions]
-        by_trainer = await self._trainer.logprobs(self._adapter, samples)
-        difference = self._compare(completions, [found[len(self._prompt) :] for found in by_trainer])
-        return {"refit/canary_difference": difference, "time/canary": monotonic() - started}
+        of_engines, prompt = await sampling, self._request.tokens
+        samples = [to_score(prompt, completion) for completions in of_engines for completion in completions]
+        by_trainer = (found[len(prompt) :] for found in await self._trainer.logprobs(self._adapter, samples))
+        differences = [
+            self._compare(number, completions, list(islice(by_trainer, len(completions))))
+            for number, completions in enumerate(of_engines)
+        ]
+        self._agreed = of_engines[0][0].policy_version
+        return {"refit/canary_difference": max(differences), "time/canary": monotonic() - started}
 
-    async def _sample(self) -> list[Completion]:
+    async def _sample(self) -> list[list[Completion]]:
+        """What each engine answers."""
         with self._refit.pin() as version, self._events.span("canary", "refit", policy_version=version):
-            request = GenerationRequest(
-                self._prompt, version, self._max_tokens, self._temperature, n=NUM_COMPLETIONS, seed=version
-            )
-            return await self._engine.generate(request)
+            requests = [
+                replace(self._request, policy_version=version, seed=version + number)
+                for number in range(NUM_COMPLETIONS)
+            ]
+            async with create_task_group() as tasks:
+                asked = [[tasks.start_soon(engine.generate, each) for each in requests] for engine in self._engines]
+            return [[completion for answer in answers for completion in await answer] for answers in asked]
 
-    def _compare(self, completions: Sequence[Completion], by_trainer: Sequence[FloatArray]) -> float:
+    def _compare(self, engine: int, completions: Sequence[Completion], by_trainer: Sequence[FloatArray]) -> float:
         """-> mean of the absolute differences, in nats."""
         by_engine = np.concatenate([completion.logprobs for completion in completions])
         differences = np.abs(by_engine - np.concatenate(by_trainer))
         difference = float(differences.mean())
         version = completions[0].policy_version
         if difference <= self._bound:  # NaN is not
-            self._agreed = version
             return difference
         worst = int(differences.argmax())
         places = [(c, t) for c, completion in enumerate(completions) for t in range(len(completion.tokens))]
         completion, token = places[worst]
+        name = "the engine" if len(self._engines) == 1 else f"engine {engine} of {len(self._engines)}"
         raise RefitError(
-            f"the engine does not compute with policy version {version} what the trainer does, though its bytes arrived: "
+            f"{name} does not compute with policy version {version} what the trainer does, though its bytes arrived: "
             f"over {len(differences)} canary tokens their logprobs differ by {difference:.2g} nats in the mean, the bound is "
             f"{self._bound:.2g} ({self._dtype}). Most at token {token} of completion {completion} (position "
-            f"{len(self._prompt) + token}): engine {by_engine[worst]:.4f}, trainer {by_trainer[completion][token]:.4f}. "
+            f"{len(self._request.tokens) + token}): engine {by_engine[worst]:.4f}, trainer {by_trainer[completion][token]:.4f}. "
             f"{self._advice()}"
         )
 
@@ -149,16 +159,24 @@ def to_score(prompt: Sequence[int], completion: Completion) -> Sample:
 def open_canary(
     settings: RunSettings, tokenizer: Any, trainer: Trainer, engine: Engine, refit: Refit, adapter: str, events: Events
 ) -> Canary:
-    """As a run's settings say."""
+    """As a run's settings say. Where rollouts hop the canary does, too, for they sample from a slot of their own; no version is
+    published before it is checked."""
+    tokens, max_model_len = tokenizer.encode(PROMPT), settings.engine.max_model_len
+    tokens = tuple(tokens)[: max_model_len // 2]
+    request = GenerationRequest(
+        tokens,
+        policy_version=0,
+        max_tokens=min(NUM_TOKENS, max_model_len - len(tokens)),
+        temperature=settings.sampling.temperature,
+        in_flight="hop" if settings.refit.in_flight == "hop" else "finish",
+    )
     return Canary(
         trainer,
-        engine,
+        engine.engines if isinstance(engine, Replicas) else [engine],
         refit,
         adapter,
         events,
-        prompt=tokenizer.encode(PROMPT),
-        max_model_len=settings.engine.max_model_len,
-        temperature=settings.sampling.temperature,
+        request=request,
         dtype=resolve_dtype(settings),
         every=settings.refit.canary_every,
     )

@@ -83,18 +83,22 @@ class Trackers:
                 logger.warning("%s failed %d times", isolated.name, isolated.failures)
 
 
-def open_trackers(settings: TrainingSettings, run_dir: Path, attempt: int) -> Trackers:
-    """Files and terminal always, W&B and TensorBoard as the settings say; returns without waiting for any of them.
-
-    `attempt` counts the starts of this run directory. Raises ConfigError when W&B is asked for and not installed.
-    """
-    from rlloop.tracking.terminal import Terminal
-
+def check_trackers(settings: TrainingSettings) -> None:
+    """Raises ConfigError when W&B is asked for and not installed."""
     if settings.tracking.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"--tracking.wandb {settings.tracking.wandb}: expected the package wandb, which is not installed; "
             "run `pip install rlloop[wandb]` or leave it disabled"
         )
+
+
+def open_trackers(settings: TrainingSettings, run_dir: Path, attempt: int) -> Trackers:
+    """Files and terminal always, W&B and TensorBoard as the settings say; returns without waiting for any of them.
+
+    `attempt` counts the starts of this run directory.
+    """
+    from rlloop.tracking.terminal import Terminal
+
     terminal = Background("terminal", lambda: Terminal(run_dir, settings.num_steps))
 
     def show_status(text: str) -> None:

@@ -30,7 +30,7 @@ DOCUMENTED: dict[str, Metric] = {
         "fraction", "Rollouts that were cut off by the token limit.", "completions/clipped_ratio"
     ),
     "loss/policy": Metric("nats", "The policy's loss, as it was differentiated.", "policy_loss"),
-    "policy/entropy": Metric("nats", "Mean entropy of the policy at the sampled tokens.", "entropy"),
+    "policy/entropy": Metric("nats", "Mean entropy of the policy at the tokens that are trained.", "entropy"),
     "policy/kl_ref": Metric("nats", "Mean KL from the policy to the frozen base, per token.", "kl"),
     "policy/clip_frac_low": Metric("fraction", "Tokens whose ratio was clipped from below.", "clip_ratio/low_mean"),
     "policy/clip_frac_high": Metric("fraction", "Tokens whose ratio was clipped from above.", "clip_ratio/high_mean"),

@@ -84,10 +84,11 @@ def test_rewards_are_weighted_and_none_is_left_out() -> None:
 def test_a_reward_of_trls_own_on_a_conversation(folder: Path) -> None:
     pytest.importorskip("trl")
     messages = [{"role": "user", "content": "Think."}]
-    (folder / "chat.jsonl").write_text(json.dumps({"prompt": messages}))
+    named = [{"role": "user", "content": "Think.", "name": "Ada"}]  # so the other row's name is None
+    (folder / "chat.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in (messages, named)))
     args = {"path": "chat.jsonl", "rewards": ["trl.rewards:think_format_reward"]}
     environment: Any = load_environment("dataset", args)
-    assert environment.messages(environment.task(0)) == messages
+    assert [environment.messages(environment.task(index)) for index in range(2)] == [messages, named]
     assert environment.score(environment.task(0), rollout("<think>\nHm.\n</think>\nYes.")) == 1.0
     assert environment.score(environment.task(0), rollout("Yes.")) == 0.0
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rlloop.engine.fake import FakeEngine
+from rlloop.engine.replicas import Replicas
 from rlloop.errors import RefitError
 from rlloop.events import Events
 from rlloop.refit.canary import NUM_COMPLETIONS, Canary
@@ -54,7 +55,7 @@ class Engine(FakeEngine):
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         self.requests.append(request)
         completions = await super().generate(request)
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(request.seed)
         steps = self.steps[self.serve(request.policy_version)]
         return [
             replace(
@@ -78,18 +79,21 @@ class Trainer(FakeTrainer):
 
 
 class Harness:
-    def __init__(self, *, dtype: str = "float32", temperature: float = 1.0, every: int = 1) -> None:
-        self.engine, self.trainer = Engine(), Trainer()
-        self.refit = Refit(self.trainer, self.engine, "policy", 3, Events(None))
+    def __init__(
+        self, *, dtype: str = "float32", temperature: float = 1.0, every: int = 1, num_engines: int = 1
+    ) -> None:
+        self.engines, self.trainer = [Engine() for _ in range(num_engines)], Trainer()
+        self.engine = self.engines[-1]
+        self.refit = Refit(
+            self.trainer, Replicas(self.engines) if num_engines > 1 else self.engine, "policy", 3, Events(None)
+        )
         self.canary = Canary(
             self.trainer,
-            self.engine,
+            self.engines,
             self.refit,
             "policy",
             Events(None),
-            prompt=PROMPT,
-            max_model_len=64,
-            temperature=temperature,
+            request=GenerationRequest(PROMPT, 0, 8, temperature),
             dtype=dtype,
             every=every,
         )
@@ -119,7 +123,8 @@ async def test_agreement(anyio_backend: str) -> None:
     harness = Harness(temperature=0.7)
     assert await harness.difference(4) == [0.0] * 4
     request = harness.engine.requests[-1]
-    assert (request.tokens, request.policy_version, request.n, request.temperature) == (PROMPT, 3, NUM_COMPLETIONS, 0.7)
+    assert (request.tokens, request.policy_version, request.temperature) == (PROMPT, 3, 0.7)
+    assert {each.seed for each in harness.engine.requests[-NUM_COMPLETIONS:]} == {*range(3, 3 + NUM_COMPLETIONS)}
     for sample in harness.trainer.scored:
         assert sample.tokens[:3].tolist() == list(PROMPT)
         assert sample.loss_mask.tolist() == [False] * 3 + [True] * 6
@@ -150,6 +155,14 @@ async def test_the_version_before_is_caught(anyio_backend: str) -> None:
     message = await harness.refused(6)
     assert "policy version 3 " in message
     assert "Version 2 still agreed" in message
+
+
+async def test_one_engine_of_many_is_caught_by_itself(anyio_backend: str) -> None:
+    harness = Harness(num_engines=12)
+    harness.engine.scale = 1.02  # over all engines' tokens the mean would be within the bound
+    message = await harness.refused(4)
+    assert message.startswith("engine 11 of 12 does not compute with policy version 1 ")
+    assert f"over {6 * NUM_COMPLETIONS} canary tokens their logprobs differ by 0.0013 nats" in message
 
 
 async def test_a_wrong_scale_is_caught_and_the_message_says_all(anyio_backend: str) -> None:
