@@ -175,9 +175,9 @@ def random_adapter(model: Path, rank: int) -> Adapter:
 
 
 def prompts(number: int, turn: int) -> list[list[int]]:
-    """No two begin alike, and none as another turn's: nothing is in a prefix cache."""
+    """No two begin alike, and none as another turn's or number's: nothing is in a prefix cache."""
     starts = [1000 + 40 * index + turn for index in range(number)]
-    return [list(range(start, start + PROMPT_TOKENS)) for start in starts]
+    return [[number, *range(start, start + PROMPT_TOKENS - 1)] for start in starts]
 
 
 async def decode(engine: Engine, version: int, asked: Sequence[list[int]]) -> float:

@@ -19,7 +19,8 @@ for real weights their `own`. Everything else is equal: prompts, rewards, sample
 
 Every run is a process of its own and kept as it ends, in results/<name>.jsonl; one that is there is not made again. Rates
 are over `--steps` steps, without the first ones, and without the last max_staleness ones, whose samples nothing replaces. MFU is
-over the whole time: 4 N T / (seconds x 790 TFLOP/s x GPUs of the trainer), N all parameters, T the tokens of trained sequences.
+over the whole time: 4 N T / (seconds x 790 TFLOP/s x GPUs of the trainer), N all parameters, T the tokens that a trainer
+computes: rlloop's a prompt once for its group, and no sample's last token, TRL's whole sequences.
 Flags that are not listed below go to `rlloop grpo`: `--refit.form merged`.
 """
 
@@ -219,6 +220,13 @@ def run_trl(case: Case, system: str, model: Path, scratch: Path) -> Run:
     }
 
 
+def num_computed(system: str, run: Run) -> float:
+    """Tokens in forward and backward passes."""
+    sampled = run["num_samples"] * run["mean_length"]
+    prompts = run["num_trained"] - sampled
+    return float(run["num_trained"] if system in TRL else sampled - run["num_samples"] + prompts / GROUP_SIZE)
+
+
 def rates(case: Case, runs: Mapping[str, list[Run]]) -> Iterator[dict[str, Cell]]:
     """A row a system: medians over its runs."""
 
@@ -226,7 +234,7 @@ def rates(case: Case, runs: Mapping[str, list[Run]]) -> Iterator[dict[str, Cell]
         return median(run[of] / run["seconds"] for run in runs[system])
 
     for system, repeats in runs.items():
-        flops = 4 * repeats[0]["num_parameters"] * rate(system, "num_trained")
+        flops = 4 * repeats[0]["num_parameters"] * median(num_computed(system, run) / run["seconds"] for run in repeats)
         others = ("trl", "trl_uncorrected", "sync_colocated", "sync_split")
         yield {
             "system": system,
@@ -241,8 +249,9 @@ def rates(case: Case, runs: Mapping[str, list[Run]]) -> Iterator[dict[str, Cell]
         }
 
 
-def uses(runs: Mapping[str, list[Run]]) -> Iterator[dict[str, Cell]]:
+def uses(case: Case, runs: Mapping[str, list[Run]]) -> Iterator[dict[str, Cell]]:
     """Where the time goes, how old samples are and whether the policy learns: means over a system's runs."""
+    measured = slice(WARMUP + case.num_steps)  # an asynchronous run makes a few more
     for system, repeats in runs.items():
         ages: Counter[str] = sum((Counter(run["staleness"]) for run in repeats), Counter())
         shares = ("overlap_efficiency", "engine_idle", "trainer_idle")
@@ -251,7 +260,7 @@ def uses(runs: Mapping[str, list[Run]]) -> Iterator[dict[str, Cell]]:
             **{each.replace("_", " "): f"{fmean(run[each] for run in repeats):.0%}" for each in shares},
             "staleness": ", ".join(f"{age}: {number / ages.total():.0%}" for age, number in sorted(ages.items())),
             "reward, first 3 steps": fmean(value for run in repeats for value in run["rewards"][:3]),
-            "last 3": fmean(value for run in repeats for value in run["rewards"][-3:]),
+            "last 3": fmean(value for run in repeats for value in run["rewards"][measured][-3:]),
         }
 
 
@@ -264,7 +273,7 @@ def tabulate(report: Report, kept: Sequence[Run]) -> None:
         title = " ".join([f"{of.model}, {of.num_gpus or 'no'} GPUs, {of.lengths} lengths", *flags])
         work = f"{of.num_groups} x {GROUP_SIZE} samples a step, up to {of.longest} tokens, {of.num_steps} steps"
         report.table(f"{title}: {work}", [*rates(of, runs)])
-        report.table(f"{title}: use of the time", [*uses(runs)])
+        report.table(f"{title}: use of the time", [*uses(of, runs)])
 
 
 def main() -> None:
@@ -285,7 +294,7 @@ def main() -> None:
     path.parent.mkdir(exist_ok=True)
     kept: list[Run] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     systems = [each for each in options.systems if len(gpus) > 1 or not is_split(each)]
-    for name in options.shapes or ["SmolLM2"]:
+    for name in options.shapes or [Path(options.model).name]:
         chosen = [each for each in options.lengths if each != ("own" if name in SHAPES else "geometric")]
         with tempfile.TemporaryDirectory(dir="/dev/shm" if gpus else None) as folder:
             for lengths, repeat, system in product(chosen, range(options.repeats), systems):

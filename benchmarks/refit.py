@@ -278,7 +278,8 @@ async def measure_in_flight(publisher: Publisher, num_streams: int, *, hop: bool
     window = max(8 * step, 0.1)
     gaps: dict[str, list[float]] = {kind: [] for kind in ("none", *publisher.transports)}
     reports: dict[Transport, list[RefitReport]] = {kind: [] for kind in publisher.transports}
-    completions: list[Completion] = []
+    far: dict[Transport, list[float]] = {}
+    completions: dict[Transport, list[Completion]] = {}
 
     async def publish_now_and_then(transport: Transport) -> None:
         await publisher.warm_up(transport)
@@ -295,12 +296,11 @@ async def measure_in_flight(publisher: Publisher, num_streams: int, *, hop: bool
     for transport in publisher.transports:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(publish_now_and_then, transport)
-            completions += await decode(engine, prompts, hop)
+            completions[transport] = await decode(engine, prompts, hop)
             tasks.cancel_scope.cancel()
-    own = other = None
     if not hop:
-        found = await distances(trainer, prompts[:4], completions[:4], ("old", "new"))
-        own, other = (f"{distance:.1e}" for distance in found)
+        for transport, found in completions.items():
+            far[transport] = await distances(trainer, prompts[:4], found[:4], ("old", "new"))
     return [
         {
             "requests": num_streams,
@@ -313,8 +313,8 @@ async def measure_in_flight(publisher: Publisher, num_streams: int, *, hop: bool
             "max": max(gaps[transport]) * 1e3,
             "publish, ms": median(each.publish_seconds for each in published) * 1e3,
             "worker stalled, ms": median(each.stall_seconds for each in published) * 1e3,
-            "to own version, max": own,
-            "to the other, max": other,
+            "4 requests to their version, max": f"{far[transport][0]:.1e}" if far else None,
+            "to the other, max": f"{far[transport][1]:.1e}" if far else None,
         }
         for transport, published in reports.items()
     ]

@@ -150,13 +150,16 @@ async def open_backend(
                 refit=settings.refit,
             )
         )
+        engine_settings = settings.engine
+        if placement.kv_cache_gib is not None:
+            engine_settings = engine_settings.model_copy(update={"kv_cache_gib": placement.kv_cache_gib})
         async with create_task_group() as tasks:
             tasks.start_soon(prepare, trainer)
             engines = [
                 await stack.enter_async_context(
                     start_vllm(
                         model,
-                        settings.engine,
+                        engine_settings,
                         dtype=placement.dtype,
                         lora=LoraConfig(**dict(settings.lora)),
                         num_versions=settings.num_versions,

@@ -35,11 +35,12 @@ class EngineSettings(Settings):
     """Most sequences decoded at once."""
     max_model_len: int = Field(512, ge=16)
     """Most tokens of a sequence, prompt included."""
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    """Share of the GPU's memory that vLLM takes, weights and KV cache."""
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    """Share of the GPU's memory that vLLM takes, weights and KV cache; default 0.9, beside a trainer 0.4, divided among the
+    engines of a GPU."""
     kv_cache_gib: int | None = Field(None, ge=1)
-    """KV cache, in GiB; default 1 on a CPU, on a GPU what gpu_memory_utilization leaves. Set it where engines share a GPU: then
-    that share is not used."""
+    """KV cache, in GiB; default 1 on a CPU, on a GPU what gpu_memory_utilization leaves, or half of it where processes share the
+    GPU. With it that share is not used."""
     enforce_eager: bool = False
     """Skip compilation and CUDA graphs: starts sooner, decodes slower. CPU engines are always eager."""
     cpu_cores: str = "auto"
@@ -57,11 +58,10 @@ class PlacementSettings(Settings):
     """GPUs (on a CPU, processes) that share one engine's layers; default: the fewest with which the weights take at most half of
     engine.gpu_memory_utilization, 1 on a CPU."""
     colocate: bool = False
-    """Engines and trainer may share GPUs, and there is an engine on every one unless told otherwise; give vLLM less, as by
-    --engine.gpu_memory_utilization 0.4. On a single GPU they always share."""
+    """Engines and trainer may share GPUs, and there is an engine on every one unless told otherwise. On a single GPU they always
+    share."""
     engines_a_gpu: int = Field(1, ge=1)
-    """So many engines in the place of each, on the same GPU: of a small model, one process cannot keep it busy. Each takes
-    engine.gpu_memory_utilization of it, or engine.kv_cache_gib and the weights."""
+    """So many engines in the place of each, on the same GPU: of a small model, one process cannot keep it busy."""
     engine_gpus: str = "auto"
     """The engines' GPUs (`0`, `0-3,6`), replicas x tensor_parallel of them."""
     trainer_gpus: str = "auto"

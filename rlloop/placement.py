@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -37,6 +38,8 @@ class Placement:
     """One for each rank."""
     reason: str = ""
     """Why so, where it was not told."""
+    kv_cache_gib: int | None = None
+    """Of each engine that shares its GPU; None: of the size that the settings say, or vLLM finds room for."""
 
     def __str__(self) -> str:
         engines = f"{self.replicas} engines" if self.replicas > 1 else "1 engine"
@@ -74,11 +77,12 @@ def place(settings: RunSettings) -> Placement:
     """
     dtype, wanted = resolve_dtype(settings), settings.placement
     if has_gpu():
-        placement = split_gpus(
-            settings, dtype, len(visible_gpus()), lambda sizes: _smallest_fit(settings, dtype, sizes)
-        )
+        _refuse_cores(settings)
+        share = _memory_share(settings, len(visible_gpus()))
+        fit = partial(_smallest_fit, settings, dtype, share=share)
+        placement = split_gpus(settings, dtype, len(visible_gpus()), fit)
         check_transport(settings, placement)
-        return placement
+        return replace(placement, kv_cache_gib=_kv_cache_gib(settings, placement, share))
     for flag, is_set in (
         ("colocate", wanted.colocate),
         ("engines-a-gpu", wanted.engines_a_gpu > 1),
@@ -89,7 +93,7 @@ def place(settings: RunSettings) -> Placement:
             raise ConfigError(
                 f"--placement.{flag}: expected GPUs, found none; on a CPU set --engine.cpu-cores and --trainer.cpu-cores"
             )
-    tensor_parallel, _ = _smallest_fit(settings, dtype, [wanted.tensor_parallel or 1])
+    tensor_parallel, _ = _smallest_fit(settings, dtype, [wanted.tensor_parallel or 1], share=1.0)
     return Placement(dtype, *split_cores(settings, os.sched_getaffinity(0)), wanted.replicas or 1, tensor_parallel)
 
 
@@ -98,6 +102,7 @@ def place_trainer(settings: TrainingSettings) -> Placement:
     Raises ConfigError as `split_cores` does, and for more ranks than GPUs."""
     dtype = resolve_dtype(settings)
     if has_gpu():
+        _refuse_cores(settings)
         num_ranks, num_gpus = settings.trainer.megatron.num_ranks, len(visible_gpus())
         if num_ranks > num_gpus:
             raise ConfigError(f"--trainer.megatron: expected {num_ranks} GPUs, one a rank, found {num_gpus}")
@@ -105,6 +110,16 @@ def place_trainer(settings: TrainingSettings) -> Placement:
     available = os.sched_getaffinity(0)
     cores = _explicit(settings.trainer.cpu_cores, "--trainer.cpu-cores", available) or frozenset(available)
     return Placement(dtype, frozenset(), cores)
+
+
+def _refuse_cores(settings: TrainingSettings) -> None:
+    """On GPUs nothing is pinned to cores."""
+    for part in ("engine", "trainer"):
+        if getattr(getattr(settings, part, None), "cpu_cores", "auto") != "auto":
+            raise ConfigError(
+                f"--{part}.cpu-cores: expected no GPU, for on one it does nothing; leave it out, or set "
+                "CUDA_VISIBLE_DEVICES to nothing to compute on the CPU"
+            )
 
 
 def split_cores(settings: RunSettings, available: set[int]) -> tuple[frozenset[int], frozenset[int]]:
@@ -220,18 +235,33 @@ def _engine_sizes(settings: RunSettings, num_gpus: int, *, is_exact: bool) -> li
 
 
 def _check_sharing(settings: RunSettings, size: int) -> None:
-    """Of a GPU that engines share, with each other or with a trainer too, each needs its part."""
+    """Of a GPU that engines share each needs its part."""
     number, share = settings.placement.engines_a_gpu, settings.engine.gpu_memory_utilization
     if number > 1 and size > 1:
         raise ConfigError(f"--placement.engines-a-gpu {number}: expected engines of one GPU, got some of {size}")
-    if number > 1 and settings.engine.kv_cache_gib is None and number * share > 0.95:
+    if number > 1 and share is not None and settings.engine.kv_cache_gib is None and number * share > 0.95:
         raise ConfigError(
             f"--placement.engines-a-gpu {number}: expected a share of the memory for each, got --engine.gpu-memory-utilization "
             f"{share}; set at most {95 // number / 100:.2f}, or --engine.kv-cache-gib"
         )
 
 
-def _smallest_fit(settings: RunSettings, dtype: Dtype, sizes: Sequence[int]) -> tuple[int, str]:
+def _memory_share(settings: RunSettings, num_gpus: int) -> float:
+    """Of a GPU's memory, for each engine's weights and KV cache."""
+    beside_trainer = settings.placement.colocate or num_gpus == 1
+    return settings.engine.gpu_memory_utilization or (0.4 if beside_trainer else 0.9) / settings.placement.engines_a_gpu
+
+
+def _kv_cache_gib(settings: RunSettings, placement: Placement, share: float) -> int | None:
+    """Half of the share of an engine that has others beside it: what they take while it starts, vLLM would count as its own."""
+    engine = settings.engine
+    is_alone = settings.placement.engines_a_gpu == 1 and not {*placement.engine_gpus} & {*placement.trainer_gpus}
+    if is_alone or engine.kv_cache_gib is not None or engine.gpu_memory_utilization is not None:
+        return None
+    return max(1, int(gpu_bytes() * share / 2) >> 30)
+
+
+def _smallest_fit(settings: RunSettings, dtype: Dtype, sizes: Sequence[int], *, share: float) -> tuple[int, str]:
     """The least of the ascending `sizes` with which the model's weights leave enough memory for a KV cache, and why."""
     if list(sizes) == [1]:
         return 1, ""
@@ -246,14 +276,14 @@ def _smallest_fit(settings: RunSettings, dtype: Dtype, sizes: Sequence[int]) -> 
     if len(possible) == 1:
         return possible[0], ""
     copies = 2 if settings.refit.form == "merged" else 1
-    num_bytes, room = copies * weight_bytes(model, dtype), gpu_bytes() * settings.engine.gpu_memory_utilization / 2
+    num_bytes, room = copies * weight_bytes(model, dtype), gpu_bytes() * share / 2
     for size in possible:
         if num_bytes <= size * room:
             return size, f"{num_bytes / 1e9:.1f} GB of weights, of a GPU {room / 1e9:.1f} GB at most"
     raise ConfigError(
         f"--placement: expected GPUs for {num_bytes / 1e9:.1f} GB of weights in one engine, half of "
-        f"--engine.gpu-memory-utilization of each, found {possible[-1]} x {room / 1e9:.1f} GB; to try it all the same, set "
-        "--placement.tensor-parallel"
+        f"--engine.gpu-memory-utilization ({share:.2g}) of each, found {possible[-1]} x {room / 1e9:.1f} GB; to try it all the "
+        "same, set --placement.tensor-parallel"
     )
 
 

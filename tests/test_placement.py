@@ -319,6 +319,35 @@ def test_an_engine_gets_as_many_gpus_as_its_weights_need(tmp_path: Path, num_gig
     assert str(place(RunSettings(model=model_folder(tmp_path, num_gigabytes)))).startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("placement", "engine", "expected"),
+    [
+        ({}, {}, None),
+        ({"colocate": True}, {}, 14),  # 80 GB x 0.4 / 2
+        ({"engines_a_gpu": 2}, {}, 16),  # 80 GB x 0.9 / 2 / 2
+        ({"colocate": True, "engines_a_gpu": 2}, {}, 7),
+        ({"colocate": True, "engine_gpus": "0", "trainer_gpus": "1"}, {}, None),
+        ({"colocate": True}, {"gpu_memory_utilization": 0.5}, None),
+        ({"colocate": True}, {"kv_cache_gib": 3}, None),
+    ],
+)
+@pytest.mark.usefixtures("four_gpus")
+def test_engines_that_share_a_gpu_have_a_cache_of_a_fixed_size(
+    placement: dict[str, Any], engine: dict[str, Any], expected: int | None, tmp_path: Path
+) -> None:
+    settings = RunSettings(model=model_folder(tmp_path, 1), placement=placement, engine=engine)
+    assert place(settings).kv_cache_gib == expected
+
+
+@pytest.mark.parametrize("part", ["engine", "trainer"])
+@pytest.mark.usefixtures("four_gpus")
+def test_cores_are_refused_where_there_are_gpus(part: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{part}.cpu-cores: expected no GPU"):
+        place(RunSettings(**{part: {"cpu_cores": "0"}}))
+    with pytest.raises(ConfigError, match=r"--trainer.cpu-cores: expected no GPU"):
+        place_trainer(TrainingSettings(trainer={"cpu_cores": "0"}))
+
+
 @pytest.mark.usefixtures("four_gpus")
 def test_weights_that_are_merged_are_there_twice(tmp_path: Path) -> None:
     settings = RunSettings(model=model_folder(tmp_path, 40), refit=RefitSettings(form="merged"))

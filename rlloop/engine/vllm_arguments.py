@@ -43,7 +43,8 @@ def device_arguments(settings: EngineSettings, cores: frozenset[int] | None, kep
     Raises ConfigError when nothing is left.
     """
     if cores is None:
-        memory: dict[str, float] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+        share = settings.gpu_memory_utilization or 0.9
+        memory: dict[str, float] = {"gpu_memory_utilization": share}
         if settings.kv_cache_gib is not None:
             # Then the share is not used, only held against what is free, of which others may have taken much.
             memory = {"kv_cache_memory_bytes": settings.kv_cache_gib << 30, "gpu_memory_utilization": 0.01}
@@ -52,7 +53,7 @@ def device_arguments(settings: EngineSettings, cores: frozenset[int] | None, kep
             if memory["gpu_memory_utilization"] <= 0:
                 raise ConfigError(
                     f"--refit.form merged keeps {kept_bytes / 1e9:.1f} GB of weights on each GPU beside those that are merged, "
-                    f"more than --engine.gpu-memory-utilization {settings.gpu_memory_utilization} allows: raise it, or set "
+                    f"more than --engine.gpu-memory-utilization {share} allows: raise it, or set "
                     "--placement.tensor-parallel"
                 )
         return {**memory, "enforce_eager": settings.enforce_eager}

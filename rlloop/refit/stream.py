@@ -8,7 +8,9 @@ of the weights, and where one dies the other hears of it at once.
 from __future__ import annotations
 
 import math
+import os
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -95,8 +97,10 @@ class WeightsSender:
             check_interrupt()
             with suppress(TimeoutError):
                 accepted, _ = self._listener.accept()
-                accepted.setblocking(True)
-                return Connection(accepted.detach())
+                with accepted:
+                    accepted.setblocking(True)
+                    if _is_ours(accepted):
+                        return Connection(accepted.detach())
         raise RefitError(
             f"not all of {self._num_readers} ranks of engines asked for the weights within {PATIENCE:.0f} s"
         )
@@ -173,6 +177,12 @@ class _Bucket:
         return self.shared.offer(self._flat[: self._used])
 
 
+def _is_ours(connected: socket.socket) -> bool:
+    """A name that is of no file has no permissions, and what comes through is unpickled."""
+    _, user, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return bool(user == os.getuid())
+
+
 class _HungUp(Exception):
     """A reader did."""
 
@@ -194,7 +204,7 @@ def _wait(readers: Iterable[Connection], check_interrupt: Callable[[], None]) ->
             ready = wait(waiting, 1.0)
             for reader in ready:
                 assert isinstance(reader, Connection)
-                reader.recv()
+                reader.recv_bytes()
                 waiting.remove(reader)
             if not ready:
                 check_interrupt()
@@ -217,6 +227,8 @@ class WeightsReader:
         """To a sender that listens."""
         with socket.socket(socket.AF_UNIX) as ours:
             ours.connect(f"\0{address}")
+            if not _is_ours(ours):
+                raise RefitError(f"another user's process listens where the trainer's weights come from, at {address}")
             return Connection(ours.detach())
 
     def read(self, stream: Connection) -> Iterator[Named]:
@@ -229,7 +241,7 @@ class WeightsReader:
                 torch.cuda.synchronize(self._device)
             self.num_bytes += header["num_bytes"]
             with suppress(OSError):  # who hung up is met at the next
-                stream.send(None)
+                stream.send_bytes(b"")
 
     def _read(self, header: Mapping[str, Any]) -> Iterator[Named]:
         flat = self._reader.read(header).to(self._device)

@@ -99,7 +99,8 @@ DOCUMENTED: dict[str, Metric] = {
         "From the end of the last publish whose version has sampled to its first token in a request that began with it.",
     ),
     "refit/longest_gap_seconds": Metric(
-        "seconds", "Longest time between two tokens of one request since the step before, the refit included."
+        "seconds",
+        "Longest time between two tokens of one request since the step before, the refit included; what restarts is a new one.",
     ),
     "perf/overlap_efficiency": Metric(
         "fraction",

@@ -13,7 +13,7 @@ from typing import ClassVar, TypeVar
 from anyio import create_task_group
 
 from rlloop.config import TrainerSettings
-from rlloop.errors import EngineError, RlloopError
+from rlloop.errors import EngineError, RankDied, RlloopError
 from rlloop.events import Events
 from rlloop.trainer import AdapterWriter, Head, Loss, WeightsWriter
 from rlloop.trainer.flat import Flat
@@ -148,6 +148,8 @@ class RankTrainer(ABC):
                 assert errors  # of the block
             except RlloopError as error:  # the engine's side hears of it, and the block ends
                 errors.insert(0, error)
+                if isinstance(error, RankDied):
+                    self._ranks.kill()
 
         with self._events.span("send_weights", "trainer"):
             async with create_task_group() as tasks:

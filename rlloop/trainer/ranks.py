@@ -146,6 +146,11 @@ class Ranks:
                 self._last_interrupted.value = max(self._last_interrupted.value, number)
                 raise
 
+    def kill(self) -> None:
+        """After RankDied: those that are left may wait for the one that is gone, and others for them. Calls raise RankDied."""
+        for rank in self._ranks:
+            rank.process.kill()
+
     async def close(self, timeout: float = 10.0) -> None:
         """Interrupt what runs, close the pipes (a rank then leaves), wait for `timeout` seconds, kill what is left."""
         self.interrupt()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rlloop.errors import RefitError
+from rlloop.refit import stream
 from rlloop.refit.stream import WeightsReader, WeightsSender
 from rlloop.refit.transports import SHARED_MEMORY
 from rlloop.refit.whole import Whole, load_in_place
@@ -152,6 +153,26 @@ def test_a_sender_whom_nobody_asks_can_be_interrupted(name: str) -> None:
     assert next(weights, None) is None
     with pytest.raises(OSError, match="refused"):
         WeightsReader(torch.device("cpu")).connect(name)
+    sender.close()
+
+
+def test_another_users_process_is_no_reader_and_no_trainer(
+    name: str, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = WeightsSender("memory", "float32", name, 1)
+    sender.listen()
+    with monkeypatch.context() as patched:
+        patched.setattr(stream.os, "getuid", lambda: -1)
+        with pytest.raises(RefitError, match="another user's process listens"):
+            WeightsReader(torch.device("cpu")).connect(name)
+    turned_away = iter([False, False])  # the one before has gone, but is in the queue
+    monkeypatch.setattr(stream, "_is_ours", lambda connected: next(turned_away, True))
+    with stream.socket.socket(stream.socket.AF_UNIX) as stranger:
+        stranger.connect(f"\0{name}")
+        sent = threads.submit(sender.send, iter([*make_weights().items()]), never)
+        assert stranger.recv(1) == b""  # hung up on
+        assert read(WeightsReader(torch.device("cpu")), name).keys() == make_weights().keys()
+        sent.result(10)
     sender.close()
 
 

@@ -62,6 +62,11 @@ class Rank:
             self.die("kill")
         raise ConnectionError("peer is gone")
 
+    def leave(self, rank):
+        if self.context.rank == rank:
+            self.die("kill")
+        time.sleep(30)
+
     def die(self, how):
         os._exit(3) if how == "exit" else os.kill(os.getpid(), signal.SIGKILL)
 
@@ -192,6 +197,17 @@ async def test_a_rank_that_is_gone_explains_what_the_others_raise(module) -> Non
         await ranks.call("echo")
         with pytest.raises(TrainerError, match="rank 1 was killed by SIGKILL"):
             await ranks.call("lose", 1)
+
+
+async def test_those_that_wait_for_one_that_is_gone_can_be_ended(module) -> None:
+    async with Ranks([RankSpec(module.Rank)] * 2) as ranks:
+        with pytest.raises(RankDied, match="rank 1 was killed"):
+            await ranks.call("leave", 1)
+        started = monotonic()
+        ranks.kill()
+        with pytest.raises(RankDied):
+            await ranks.call("echo")
+        assert monotonic() - started < 5
 
 
 async def test_a_rank_that_dies_while_it_is_built_explains_what_the_others_raise(module) -> None:
