@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MYPY := ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache
+CODE := rlloop algorithms envs tests benchmarks examples scripts
 BENCH ?= quickstart parity refit overlap against_trl cpu_lora loop_overhead on_stale
 
 # Where it is set, as in many containers, each of a run's processes would compile vLLM and torch anew, for half a minute.
@@ -25,8 +26,8 @@ test: lint check-gpu-lock  ## Lint, types and the GPU lock, then all tests again
 
 # mypy runs inside tests/, or it would check the checkout's rlloop/ and not the installed one.
 lint: install  ## ruff and mypy (strict)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
 	cd tests && $(MYPY) -p rlloop
 
 bench: install  ## Run the benchmarks of a CPU (hours), or some: BENCH="refit parity"

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -33,6 +34,7 @@ class Report:
             "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
             "machine": _machine(),
+            "code": _code(),
             "versions": ", ".join([f"Python {platform.python_version()}", *_versions(["rlloop", *packages])]),
             "load at the start": _load(),
         }
@@ -92,6 +94,13 @@ def _show(cell: Cell, template: str | None) -> str:
     if isinstance(cell, float):
         return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
     return f"{cell:,}" if isinstance(cell, int) else cell
+
+
+def _code() -> str:
+    """The commit of the checkout that holds this file; what was changed since makes it dirty."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "no git checkout"
 
 
 def _machine() -> str:

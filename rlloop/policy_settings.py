@@ -57,6 +57,8 @@ class PolicySettings(RunSettings):
     def _check_policy(self) -> PolicySettings:
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError("--kl-target: needs a --kl-coef above 0 to begin with")
+        if self.kl_estimator != "k3" and (not self.kl_coef or self.kl_in == "reward"):
+            raise ValueError("--kl-estimator: needs a --kl-coef above 0 and --kl-in loss; in the reward it is k1")
         if self.proximal == "rollout" and self.correction != CorrectionSettings():
             raise ValueError(
                 "--correction: not used with --proximal rollout, whose ratio is to the policy that sampled"

@@ -24,7 +24,7 @@ from rlloop.errors import RunDirectoryError
 CONFIG = "config.toml"
 ATTEMPT = "attempt"
 FIXED = (
-    *("model", "env", "env_args", "rewards", "seed", "group_size", "init_adapter"),
+    *("model", "chat_template_kwargs", "env", "env_args", "rewards", "seed", "group_size", "init_adapter"),
     *("lora.rank", "lora.alpha", "lora.targets"),
     *("critic.lora.rank", "critic.lora.alpha", "critic.lora.targets"),
     *("dataset", "dataset_name", "split", "max_length"),

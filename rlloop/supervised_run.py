@@ -187,7 +187,7 @@ async def open_supervised_run(settings: SupervisedSettings, marker: str) -> Asyn
 
 def _read(settings: SupervisedSettings, model: str) -> Examples:
     rows = load_rows(settings.dataset, settings.dataset_name, settings.split)
-    examples = tokenise(rows, load_tokenizer(model), settings.max_length)
+    examples = tokenise(rows, load_tokenizer(model, settings.chat_template_kwargs), settings.max_length)
     if examples.num_too_long or examples.num_empty:
         logger.warning(
             "%s: of %d rows, %d are longer than --max-length %d tokens and %d hold nothing to learn: they are left out",

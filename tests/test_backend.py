@@ -12,7 +12,7 @@ import anyio
 import pytest
 from rlloop.algorithms import grpo, ppo
 
-from rlloop.backend import Backend, open_backend
+from rlloop.backend import Backend, load_tokenizer, open_backend
 from rlloop.config import RunSettings
 from rlloop.engine.fake import FakeEngine
 from rlloop.engine.replicas import Replicas
@@ -214,13 +214,19 @@ def test_a_run_may_need_less(tmp_path: Path) -> None:
     backend.check(grpo.Config(lora={"rank": 8}, max_staleness=0, seed=3, group_size=2))
 
 
+def test_a_chat_template_gets_its_variables_whoever_renders_it(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_llama), {"mood": "calm"})
+    tokenizer.chat_template = "{{ mood }} {{ messages[0]['content'] }}"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "calm Hi"
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_each_engine_gets_gpus_of_its_own(replicas: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, Any]] = []
 
     @asynccontextmanager
     async def start(model: str, settings: Any, **arguments: Any) -> AsyncIterator[FakeEngine]:
-        started.append(arguments)
+        started.append(arguments | {"settings": settings})
         yield FakeEngine()
 
     @asynccontextmanager
@@ -229,17 +235,19 @@ def test_each_engine_gets_gpus_of_its_own(replicas: int, tmp_path: Path, monkeyp
         yield FakeTrainer()
 
     monkeypatch.setattr("rlloop.placement.visible_gpus", lambda: list("abcd"))
-    monkeypatch.setattr("rlloop.backend.load_tokenizer", lambda model: None)
+    monkeypatch.setattr("rlloop.backend.load_tokenizer", lambda model, chat_template_kwargs: None)
     monkeypatch.setattr("rlloop.engine.vllm.start_vllm", start)
     monkeypatch.setattr("rlloop.trainer.kinds.trainer_class", lambda kind: trainer)
-    placement = Placement("bfloat16", None, None, replicas, 2 // replicas, engine_gpus=(0, 1), trainer_gpus=(2, 3))
+    placement = Placement("bfloat16", None, None, replicas, 2 // replicas, (0, 1), (2, 3), kv_cache_gib=7)
 
     async def run() -> None:
-        settings = RunSettings(model="owner/name")
+        settings = RunSettings(model="owner/name", groups_per_step=4, group_size=5, max_staleness=1)
         async with open_backend(settings, "marker", tmp_path, placement=placement) as backend:
             assert isinstance(backend.engine, Replicas if replicas > 1 else FakeEngine)
 
     anyio.run(run)
+    # 4 x 5 x 2 rollouts are in flight at most.
+    assert {(each["settings"].max_num_seqs, each["settings"].kv_cache_gib) for each in started} == {(40, 7)}
     found = [(each["gpus"], each["tensor_parallel"], each["log_path"].name, each["cores"]) for each in started]
     if replicas == 1:
         assert found == [((0, 1), 2, "engine.log", None)]

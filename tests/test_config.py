@@ -36,6 +36,8 @@ BAD_FLAGS = {
     "floor above the group": ("--environment.min-group-size 9", "--environment.min-group-size (9)", "--group-size (8)"),
     "cap below the bound": ("--staleness-cap 1", "--staleness-cap (1)", "at least --max-staleness (2)"),
     "cap of nothing": ("--staleness-cap 9 --on-stale drop", "--staleness-cap does nothing with --on-stale drop"),
+    "an estimator of no penalty": ("--kl-estimator k1", "--kl-estimator: needs a --kl-coef above 0"),
+    "an estimator of the reward's": ("--kl-estimator k1 --kl-coef 0.1 --kl-in reward", "in the reward it is k1"),
     "no correction": (
         "--correction.bound none --correction.level sequence",
         "--correction: with bound none nothing is corrected",

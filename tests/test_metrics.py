@@ -170,6 +170,12 @@ def test_completion_rows() -> None:
         "finish_reason": "length",
         "num_tokens": 4,
     }
+    step = make_step()
+    several = replace(
+        step.groups[0].rollouts[0], num_turns=2, tokens=np.arange(4), loss_mask=np.array([0, 1, 0, 1], bool)
+    )
+    step = replace(step, groups=[replace(step.groups[0], rollouts=(several,), rewards=(1.0,))])
+    assert [(row["prompt"], row["text"]) for row in completion_rows(step, tokenizer)] == [("0", "1|2|3")]
 
 
 def test_rewards_of_groups_that_were_filtered_count(clock: Clock) -> None:

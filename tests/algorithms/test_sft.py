@@ -39,7 +39,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "sft" / "questions.jsonl"
 NUM_ROWS = 5
 pytestmark = pytest.mark.filterwarnings("ignore")  # of datasets
 Moment = Callable[[], None]
-cached_tokenizer = cache(load_tokenizer)
+cached_tokenizer = cache(lambda model: load_tokenizer(model, {}))
 
 
 # --- The loss -----------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[Moment], None]:
             yield RecordingTrainer(moment)
 
         monkeypatch.setattr(supervised_run, "open_trainer", open_trainer)
-        monkeypatch.setattr(supervised_run, "load_tokenizer", cached_tokenizer)
+        monkeypatch.setattr(supervised_run, "load_tokenizer", lambda model, _: cached_tokenizer(model))
 
     install(lambda: None)
     return install
