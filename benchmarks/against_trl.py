@@ -22,6 +22,9 @@ from _report import Cell, Report
 from _runs import HERE, Figures, endless_model, run_rlloop
 from rlloop.envs.arithmetic import Arithmetic
 
+from rlloop.config import RunSettings
+from rlloop.placement import resolve_dtype
+
 SAMPLES, GOALS = 32, {"transformers": 3.0, "vllm": 1.5}
 PARTS = {
     "generation": "generation",
@@ -72,7 +75,7 @@ def flags(model: Path, steps: int) -> list[str]:
 def run_trl(model: Path, prompts: Path, mode: str, steps: int) -> dict[str, Any]:
     """The JSON that trl_baseline.py prints last."""
     command = [sys.executable, str(HERE / "trl_baseline.py"), "--model", str(model), "--prompts", str(prompts)]
-    command += ["--generation", mode, "--steps", str(max(3, steps - 2))]
+    command += ["--generation", mode, "--steps", str(max(3, steps - 2)), "--dtype", resolve_dtype(RunSettings())]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
