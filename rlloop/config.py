@@ -228,6 +228,8 @@ class EvaluationSettings(Settings):
     """The environment's last tasks, which are then not trained on."""
     group_size: int = Field(1, ge=1)
     """Rollouts of each prompt."""
+    temperature: float | None = Field(None, ge=0)
+    """At which they are sampled, 0: always the likeliest token; default: as the run's."""
 
 
 class CurriculumSettings(Settings):

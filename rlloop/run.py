@@ -169,7 +169,10 @@ class Run:
             Prompt(index, index, derive_seed(settings.seed, index), self.environment.task(index))
             for index in range(first, first + settings.num_held_out)
         ]
-        settings = settings.model_copy(update={"group_size": settings.evaluation.group_size})
+        sampling, wanted = settings.sampling, settings.evaluation
+        if wanted.temperature is not None:
+            sampling = sampling.model_copy(update={"temperature": wanted.temperature})
+        settings = settings.model_copy(update={"group_size": wanted.group_size, "sampling": sampling})
         sample = partial(self._sample, settings, "finish")
         return Evaluation(prompts, sample, self.refit, self.tracker.evaluation)
 

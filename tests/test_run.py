@@ -641,6 +641,26 @@ def test_held_out_prompts_are_answered_by_pinned_versions_and_never_trained_on(t
     assert saved.step == 6
 
 
+def test_an_evaluation_has_a_temperature_of_its_own(tmp_path: Path) -> None:
+    config = make_settings(tmp_path / "run", evaluation=HELD_OUT | {"temperature": 0.0})
+    seen: set[tuple[bool, float]] = set()
+
+    async def main() -> None:
+        async with open_fake_run(config) as fake:
+            generate = fake.engine.generate
+
+            async def noting(request: GenerationRequest) -> list[Completion]:
+                if len(request.tokens) == 3:  # no canary
+                    seen.add((request.tokens[0] >= NUM_TASKS, request.temperature))
+                return await generate(request)
+
+            fake.engine.generate = noting  # type: ignore[method-assign]
+            await fake.train(update)
+
+    anyio.run(main)
+    assert seen == {(True, 0.0), (False, 1.0)}
+
+
 def test_training_goes_on_during_an_evaluation_which_keeps_its_version(tmp_path: Path) -> None:
     """The base model's answers to held-out prompts are scored only when version 2 samples."""
     config = make_settings(tmp_path / "run", evaluation={**HELD_OUT, "every": 3}, max_staleness=0)
