@@ -27,12 +27,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from rlloop.adapters import POLICY
 from rlloop.advantages import constant_weights, sequence_weights, token_weights
 from rlloop.backend import Backend
 from rlloop.cli import entry_point
 from rlloop.plugins import is_path, load_object, name_or_path
 from rlloop.policy_settings import PolicySettings
-from rlloop.run import POLICY, open_run
+from rlloop.run import open_run
 from rlloop.samples import (
     LossWeights,
     make_samples,

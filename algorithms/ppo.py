@@ -29,11 +29,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from rlloop.adapters import POLICY
 from rlloop.advantages import raw_rewards, token_weights
 from rlloop.backend import Backend
 from rlloop.cli import entry_point
 from rlloop.policy_settings import CriticSettings, PolicySettings
-from rlloop.run import POLICY, open_run
+from rlloop.run import open_run
 from rlloop.samples import (
     critic_metrics,
     make_samples,

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from functools import partial
 
+from rlloop.adapters import POLICY
 from rlloop.cli import entry_point
-from rlloop.run import POLICY
 from rlloop.supervised_run import SupervisedSettings, open_supervised_run
 from rlloop.trainer import Trainer
 from rlloop.types import Metrics, Sample

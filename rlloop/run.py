@@ -6,18 +6,18 @@ import gc
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
 import anyio
 from anyio import CancelScope, create_task_group, to_thread
 
+from rlloop.adapters import POLICY, Adapters, adapter_folder, create_adapters
 from rlloop.backend import Backend, open_backend
 from rlloop.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
 from rlloop.config import RunSettings, TrainingSettings
@@ -45,12 +45,6 @@ from rlloop.types import Group, InFlight, LoraConfig, Metrics, Prompt
 
 Update: TypeAlias = Callable[[Trainer, list[Group]], Awaitable[Metrics]]
 """Trains the adapter `POLICY` on the groups of one step; cancelled, it has made all of its optimizer steps or none."""
-
-POLICY = "policy"
-"""The adapter whose versions the engine serves."""
-
-Adapters: TypeAlias = Mapping[str, tuple[LoraConfig, Head]]
-"""By name."""
 
 SettingsT = TypeVar("SettingsT", bound=TrainingSettings)
 
@@ -212,7 +206,7 @@ class Run:
 
     async def _save_adapters(self, folder: Path) -> None:
         for name in self.adapters:
-            await self.trainer.save(name, _adapter_folder(folder, name))
+            await self.trainer.save(name, adapter_folder(folder, name))
 
 
 @asynccontextmanager
@@ -311,40 +305,6 @@ async def _leave(trainer: Trainer, refit: Refit, created: list[str]) -> None:
             for name in created:
                 stack.push_async_callback(trainer.remove_adapter, name)
             await refit.retire_all()
-
-
-async def create_adapters(
-    trainer: Trainer,
-    adapters: Adapters,
-    checkpoint: Checkpoint | None,
-    begin_with: Path | None = None,
-    created: list[str] | None = None,
-) -> None:
-    """With the weights that they have in the checkpoint; without one, the policy's are those of the adapter `begin_with`.
-
-    `created` gets the name of each as it is there.
-    """
-    for name, (lora, head) in adapters.items():
-        await trainer.create_adapter(name, lora, head)
-        if created is not None:
-            created.append(name)
-        if checkpoint is not None:
-            await trainer.load(name, _adapter_folder(checkpoint.folder, name))
-        elif begin_with is not None and name == POLICY:
-            with _as_checkpoint(begin_with) as folder:
-                await trainer.load(name, folder)
-
-
-@contextmanager
-def _as_checkpoint(adapter: Path) -> Iterator[Path]:
-    """A checkpoint's folder with this adapter, and without the state of its optimizer."""
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "adapter").symlink_to(adapter.resolve())
-        yield Path(folder)
-
-
-def _adapter_folder(checkpoint: Path, name: str) -> Path:
-    return checkpoint if name == POLICY else checkpoint / name
 
 
 def _count_tasks(settings: RunSettings, environment: Environment) -> int:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 from anyio import CancelScope, to_thread
 from pydantic import Field
 
+from rlloop.adapters import POLICY, create_adapters
 from rlloop.backend import load_tokenizer, open_trainer
 from rlloop.checkpoint import write_checkpoint
 from rlloop.config import Settings, TrainingSettings
@@ -21,7 +22,7 @@ from rlloop.events import Events
 from rlloop.ledger import Ledger
 from rlloop.models import resolve_model
 from rlloop.placement import place_trainer
-from rlloop.run import POLICY, create_adapters, open_records
+from rlloop.run import open_records
 from rlloop.run_directory import RunDirectory
 from rlloop.supervised import Example, Examples, load_rows, make_samples, tokenise
 from rlloop.tracking import Trackers

@@ -38,7 +38,7 @@ LAYERS = (
     ),
     ("engine", "trainer", "checkpoint", "run_directory"),
     ("refit",),
-    ("rollouts", "samples", "supervised", "updates", "loop", "metrics", "evaluation", "backend"),
+    ("adapters", "rollouts", "samples", "supervised", "updates", "loop", "metrics", "evaluation", "backend"),
     ("run", "supervised_run", "algorithms", "cli"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from rlloop.algorithms import ppo
 
 from rlloop import checkpoint as checkpoints
+from rlloop.adapters import POLICY, Adapters, create_adapters
 from rlloop.advantages import group_centred, token_weights
 from rlloop.checkpoint import newest_checkpoint
 from rlloop.config import RunSettings, SettingsT
@@ -42,7 +43,7 @@ from rlloop.events import Events
 from rlloop.ledger import Ledger
 from rlloop.refit.publisher import Refit
 from rlloop.rewards import Scorer
-from rlloop.run import POLICY, Adapters, Run, create_adapters, run
+from rlloop.run import Run, run
 from rlloop.run_directory import open_run_directory
 from rlloop.samples import make_samples
 from rlloop.signals import stop_on_signals

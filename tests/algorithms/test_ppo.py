@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 from rlloop.algorithms.ppo import CRITIC, Config, update
 
-from rlloop.run import POLICY
+from rlloop.adapters import POLICY
 from rlloop.trainer import Loss
 from rlloop.trainer.fake import FakeTrainer
 from rlloop.types import AdamConfig, FloatArray, Group, LoraConfig, Metrics, OptimResult, Prompt, Rollout, Sample

@@ -19,13 +19,13 @@ import pytest
 from rlloop.algorithms.sft import Config, main, train, update
 
 from rlloop import cli, supervised_run
+from rlloop.adapters import POLICY
 from rlloop.backend import load_tokenizer
 from rlloop.checkpoint import newest_checkpoint
 from rlloop.config import TrainerSettings
 from rlloop.errors import ConfigError, RunDirectoryError, TrainerError
 from rlloop.losses import negative_log_likelihood
 from rlloop.refit.transports import DiskWriter
-from rlloop.run import POLICY
 from rlloop.supervised import Example, make_samples
 from rlloop.tracking import jsonl
 from rlloop.tracking.files import read_metrics
