@@ -97,10 +97,19 @@ def _show(cell: Cell, template: str | None) -> str:
 
 
 def _code() -> str:
-    """The commit of the checkout that holds this file; what was changed since makes it dirty."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "no git checkout"
+    """The commit of the checkout that holds this file, and whether more than results was changed since."""
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parent.parent
+        return subprocess.run(
+            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + (", changed" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "no git checkout"
 
 
 def _machine() -> str:

@@ -151,8 +151,8 @@ async def open_backend(
                 refit=settings.refit,
             )
         )
-        most = min(512, settings.num_slots * settings.group_size)
-        chosen = {"kv_cache_gib": placement.kv_cache_gib, "max_num_seqs": most}
+        in_flight = settings.num_slots * settings.group_size + settings.num_held_out * settings.evaluation.group_size
+        chosen = {"kv_cache_gib": placement.kv_cache_gib, "max_num_seqs": min(512, max(64, in_flight))}
         chosen = {name: value for name, value in chosen.items() if getattr(settings.engine, name) is None}
         engine_settings = settings.engine.model_copy(update=chosen)
         async with create_task_group() as tasks:

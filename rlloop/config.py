@@ -32,7 +32,7 @@ class EngineSettings(Settings):
     """vLLM."""
 
     max_num_seqs: int | None = Field(None, ge=1)
-    """Most sequences decoded at once; default: all rollouts that may be in flight, at most 512."""
+    """Most sequences decoded at once; default: all rollouts that may be in flight, but 64 to 512."""
     max_model_len: int = Field(512, ge=16)
     """Most tokens of a sequence, prompt included."""
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
@@ -251,7 +251,7 @@ class CurriculumSettings(Settings):
         return self
 
 
-TABLE = "a table, as JSON such as '{\"max_operand\": 20}'"
+TABLE = "a table, as JSON such as '{\"name\": 20}'"
 
 
 def _from_json(value: Any) -> Any:
@@ -263,6 +263,10 @@ def _from_json(value: Any) -> Any:
             raise ValueError(f"expected {TABLE}: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"expected {TABLE}, got {value!r}")
+    try:
+        tomli_w.dumps(value)
+    except TypeError as error:
+        raise ValueError(f"expected values that TOML has, without null, got {value!r}") from error
     return value
 
 

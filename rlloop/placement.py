@@ -39,7 +39,7 @@ class Placement:
     reason: str = ""
     """Why so, where it was not told."""
     kv_cache_gib: int | None = None
-    """Of each engine that shares its GPU; None: of the size that the settings say, or vLLM finds room for."""
+    """Of every engine, where some share a GPU; None: of the size that the settings say, or vLLM finds room for."""
 
     def __str__(self) -> str:
         engines = f"{self.replicas} engines" if self.replicas > 1 else "1 engine"
@@ -78,11 +78,10 @@ def place(settings: RunSettings) -> Placement:
     dtype, wanted = resolve_dtype(settings), settings.placement
     if has_gpu():
         _refuse_cores(settings)
-        share = _memory_share(settings, len(visible_gpus()))
-        fit = partial(_smallest_fit, settings, dtype, share=share)
+        fit = partial(_smallest_fit, settings, dtype)
         placement = split_gpus(settings, dtype, len(visible_gpus()), fit)
         check_transport(settings, placement)
-        return replace(placement, kv_cache_gib=_kv_cache_gib(settings, placement, share))
+        return replace(placement, kv_cache_gib=_kv_cache_gib(settings, placement))
     for flag, is_set in (
         ("colocate", wanted.colocate),
         ("engines-a-gpu", wanted.engines_a_gpu > 1),
@@ -93,7 +92,7 @@ def place(settings: RunSettings) -> Placement:
             raise ConfigError(
                 f"--placement.{flag}: expected GPUs, found none; on a CPU set --engine.cpu-cores and --trainer.cpu-cores"
             )
-    tensor_parallel, _ = _smallest_fit(settings, dtype, [wanted.tensor_parallel or 1], share=1.0)
+    tensor_parallel, _ = _smallest_fit(settings, dtype, [wanted.tensor_parallel or 1])
     return Placement(dtype, *split_cores(settings, os.sched_getaffinity(0)), wanted.replicas or 1, tensor_parallel)
 
 
@@ -190,7 +189,7 @@ def split_gpus(
     taken = every[:0] if is_shared else trainer or every[num_gpus - num_ranks :]
     free = sorted(engine or {*every}.difference(taken))
     size, why = fit(_engine_sizes(settings, len(free), is_exact=engine is not None))
-    _check_sharing(settings, size)
+    _check_sharing(settings, size, why)
     replicas = wanted.replicas or len(free) // size
     engines = free[: replicas * size]
     others = [gpu for gpu in every if gpu not in engines]
@@ -234,11 +233,14 @@ def _engine_sizes(settings: RunSettings, num_gpus: int, *, is_exact: bool) -> li
     return exact
 
 
-def _check_sharing(settings: RunSettings, size: int) -> None:
+def _check_sharing(settings: RunSettings, size: int, why: str) -> None:
     """Of a GPU that engines share each needs its part."""
     number, share = settings.placement.engines_a_gpu, settings.engine.gpu_memory_utilization
     if number > 1 and size > 1:
-        raise ConfigError(f"--placement.engines-a-gpu {number}: expected engines of one GPU, got some of {size}")
+        reason = f" ({why})" if why else ""
+        raise ConfigError(
+            f"--placement.engines-a-gpu {number}: expected engines of one GPU, got some of {size}{reason}"
+        )
     if number > 1 and share is not None and settings.engine.kv_cache_gib is None and number * share > 0.95:
         raise ConfigError(
             f"--placement.engines-a-gpu {number}: expected a share of the memory for each, got --engine.gpu-memory-utilization "
@@ -246,22 +248,29 @@ def _check_sharing(settings: RunSettings, size: int) -> None:
         )
 
 
-def _memory_share(settings: RunSettings, num_gpus: int) -> float:
+def _memory_share(settings: RunSettings) -> float:
     """Of a GPU's memory, for each engine's weights and KV cache."""
-    beside_trainer = settings.placement.colocate or num_gpus == 1
+    beside_trainer = settings.placement.colocate or len(visible_gpus()) == 1
     return settings.engine.gpu_memory_utilization or (0.4 if beside_trainer else 0.9) / settings.placement.engines_a_gpu
 
 
-def _kv_cache_gib(settings: RunSettings, placement: Placement, share: float) -> int | None:
-    """Half of the share of an engine that has others beside it: what they take while it starts, vLLM would count as its own."""
+def _room_for_weights(settings: RunSettings) -> float:
+    """Bytes of a GPU's memory, for one engine."""
+    if (cache := settings.engine.kv_cache_gib) is not None:
+        return 0.95 * gpu_bytes() / settings.placement.engines_a_gpu - (cache << 30)
+    return gpu_bytes() * _memory_share(settings) / 2
+
+
+def _kv_cache_gib(settings: RunSettings, placement: Placement) -> int | None:
+    """Half of an engine's share, where it has others beside it: what they take while it starts, vLLM would count as its own."""
     engine = settings.engine
     is_alone = settings.placement.engines_a_gpu == 1 and not {*placement.engine_gpus} & {*placement.trainer_gpus}
     if is_alone or engine.kv_cache_gib is not None or engine.gpu_memory_utilization is not None:
         return None
-    return max(1, int(gpu_bytes() * share / 2) >> 30)
+    return max(1, int(gpu_bytes() * _memory_share(settings) / 2) >> 30)
 
 
-def _smallest_fit(settings: RunSettings, dtype: Dtype, sizes: Sequence[int], *, share: float) -> tuple[int, str]:
+def _smallest_fit(settings: RunSettings, dtype: Dtype, sizes: Sequence[int]) -> tuple[int, str]:
     """The least of the ascending `sizes` with which the model's weights leave enough memory for a KV cache, and why."""
     if list(sizes) == [1]:
         return 1, ""
@@ -276,13 +285,13 @@ def _smallest_fit(settings: RunSettings, dtype: Dtype, sizes: Sequence[int], *, 
     if len(possible) == 1:
         return possible[0], ""
     copies = 2 if settings.refit.form == "merged" else 1
-    num_bytes, room = copies * weight_bytes(model, dtype), gpu_bytes() * share / 2
+    num_bytes, room = copies * weight_bytes(model, dtype), _room_for_weights(settings)
     for size in possible:
         if num_bytes <= size * room:
             return size, f"{num_bytes / 1e9:.1f} GB of weights, of a GPU {room / 1e9:.1f} GB at most"
     raise ConfigError(
-        f"--placement: expected GPUs for {num_bytes / 1e9:.1f} GB of weights in one engine, half of "
-        f"--engine.gpu-memory-utilization ({share:.2g}) of each, found {possible[-1]} x {room / 1e9:.1f} GB; to try it all the "
+        f"--placement: expected GPUs for {num_bytes / 1e9:.1f} GB of weights in one engine, found {possible[-1]} x "
+        f"{room / 1e9:.1f} GB beside the KV cache (--engine.gpu-memory-utilization or --engine.kv-cache-gib); to try it all the "
         "same, set --placement.tensor-parallel"
     )
 

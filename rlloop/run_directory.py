@@ -81,6 +81,7 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
     of the run to resume, or if another run is using it.
     """
     path = settings.run_dir
+    config = settings.model_copy(update={"resume": False, "overwrite": False}).to_toml().encode()
     _check(path, settings)  # before anything is written
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)
@@ -95,7 +96,6 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
         lock.truncate()
         lock.write(f"{attempt}\n")
         lock.flush()
-        config = settings.model_copy(update={"resume": False, "overwrite": False}).to_toml().encode()
         _replace(path / CONFIG, config)
         run_directory = RunDirectory(path, attempt, hashlib.sha256(config).hexdigest(), lock)
         for folder in (run_directory.logs, run_directory.completions, run_directory.checkpoints):
@@ -163,7 +163,7 @@ def _check_fixed(path: Path, settings: TrainingSettings) -> None:
     changes = [
         f"--{name.replace('_', '-')} was {_get(before, name)!r} and is {_get(now, name)!r}"
         for name in FIXED
-        if _get(before, name) != _get(now, name)
+        if (_get(before, name) or None) != (_get(now, name) or None)  # what is not set may not have been known
     ]
     if (held_out := _held_out(now)) != _held_out(before):
         changes.append(f"--evaluation held out {_held_out(before)} tasks and would hold out {held_out}")

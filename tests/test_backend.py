@@ -198,6 +198,7 @@ def test_a_version_whose_publish_was_cancelled_is_retired(environment: str, tmp_
         ({"lora": {"rank": 32}}, "lora.rank 32"),
         ({"lora": {"targets": "q_proj,lm_head"}}, "wants lora.targets lm_head;"),
         ({"max_staleness": 3}, "room for 14 policy versions"),
+        ({"chat_template_kwargs": {"mood": "calm"}}, "chat_template_kwargs .*calm"),
         ({"engine": {"max_num_seqs": 32}}, "engine .*max_num_seqs=32"),
     ],
 )
@@ -241,13 +242,13 @@ def test_each_engine_gets_gpus_of_its_own(replicas: int, tmp_path: Path, monkeyp
     placement = Placement("bfloat16", None, None, replicas, 2 // replicas, (0, 1), (2, 3), kv_cache_gib=7)
 
     async def run() -> None:
-        settings = RunSettings(model="owner/name", groups_per_step=4, group_size=5, max_staleness=1)
+        settings = RunSettings(model="owner/name", groups_per_step=8, group_size=5, max_staleness=1)
         async with open_backend(settings, "marker", tmp_path, placement=placement) as backend:
             assert isinstance(backend.engine, Replicas if replicas > 1 else FakeEngine)
 
     anyio.run(run)
-    # 4 x 5 x 2 rollouts are in flight at most.
-    assert {(each["settings"].max_num_seqs, each["settings"].kv_cache_gib) for each in started} == {(40, 7)}
+    # 8 x 5 x 2 rollouts are in flight at most.
+    assert {(each["settings"].max_num_seqs, each["settings"].kv_cache_gib) for each in started} == {(80, 7)}
     found = [(each["gpus"], each["tensor_parallel"], each["log_path"].name, each["cores"]) for each in started]
     if replicas == 1:
         assert found == [((0, 1), 2, "engine.log", None)]

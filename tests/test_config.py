@@ -32,6 +32,7 @@ BAD_FLAGS = {
     "torn JSON": ("--env-args {x", "--env-args: expected a table", "got '{x'"),
     "JSON of another kind": ("--env-args [1]", "--env-args", "expected a table", "got [1]"),
     "no JSON": ("--env-args x", "--env-args", "expected a table", "got 'x'"),
+    "null": ('--chat-template-kwargs {"tools":null}', "--chat-template-kwargs", "without null"),
     "no room": ("--sampling.max-tokens 512", "error: --sampling.max-tokens (512)", "--engine.max-model-len (512)"),
     "floor above the group": ("--environment.min-group-size 9", "--environment.min-group-size (9)", "--group-size (8)"),
     "cap below the bound": ("--staleness-cap 1", "--staleness-cap (1)", "at least --max-staleness (2)"),

@@ -339,6 +339,19 @@ def test_engines_that_share_a_gpu_have_a_cache_of_a_fixed_size(
     assert place(settings).kv_cache_gib == expected
 
 
+@pytest.mark.parametrize(
+    ("placement", "num_gigabytes", "expected"),
+    [({"engines_a_gpu": 3}, 16, 9), ({"engines_a_gpu": 2}, 20, 6), ({"colocate": True}, 20, 4)],
+)
+@pytest.mark.usefixtures("four_gpus")
+def test_beside_a_cache_of_a_given_size_weights_have_the_rest(
+    placement: dict[str, Any], num_gigabytes: float, expected: int, tmp_path: Path
+) -> None:
+    model = model_folder(tmp_path, num_gigabytes)
+    found = place(RunSettings(model=model, placement=placement, engine={"kv_cache_gib": 8}))
+    assert (found.replicas, found.tensor_parallel) == (expected, 1)
+
+
 @pytest.mark.parametrize("part", ["engine", "trainer"])
 @pytest.mark.usefixtures("four_gpus")
 def test_cores_are_refused_where_there_are_gpus(part: str) -> None:
@@ -357,7 +370,7 @@ def test_weights_that_are_merged_are_there_twice(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("four_gpus")
 def test_a_model_that_the_gpus_cannot_hold_or_share_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"expected GPUs for 80.0 GB of weights .*, found 2 x 36.0 GB; .*tensor-parallel"
+        ConfigError, match=r"expected GPUs for 80.0 GB of weights .*, found 2 x 36.0 GB beside .*tensor-parallel"
     ):
         place(RunSettings(model=model_folder(tmp_path, 160)))
     for heads, key_value_heads, what in ((9, 3, "9 attention heads"), (6, 3, "3 key-value heads")):

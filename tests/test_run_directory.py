@@ -91,6 +91,15 @@ def test_each_fixed_setting(tmp_path, setting, value, shown):
         start(tmp_path, resume=True, **changed)
 
 
+def test_a_run_that_did_not_know_a_setting_can_be_resumed(tmp_path):
+    run = start(tmp_path)
+    config = run.path / "config.toml"
+    text = config.read_text()
+    config.write_text(text.replace("\n[chat_template_kwargs]\n", "\n"))
+    assert config.read_text() != text
+    assert start(tmp_path, resume=True).attempt == 2
+
+
 @pytest.mark.parametrize(("before", "now"), [({}, {"every": 10}), ({"every": 10}, {"every": 10, "num_prompts": 8})])
 def test_as_many_tasks_are_held_out_as_before(tmp_path, before, now):
     start(tmp_path, evaluation=before)

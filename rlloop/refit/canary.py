@@ -66,9 +66,8 @@ class Canary:
         self._events = events
         self._request = request
         self._dtype = dtype
-        self._bound = BOUNDS[dtype] / min(
-            1.0, request.temperature
-        )  # logits are divided by it, and so is what they are off
+        # Logits are divided by it, and so is what they are off.
+        self._bound = BOUNDS[dtype] / min(1.0, request.temperature)
         self._every = every
         self._sampling: TaskHandle[list[list[Completion]], None] | None = None
         self._agreed: int | None = None

@@ -179,8 +179,9 @@ class _Bucket:
 
 def _is_ours(connected: socket.socket) -> bool:
     """A name that is of no file has no permissions, and what comes through is unpickled."""
-    _, user, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    return bool(user == os.getuid())
+    layout = struct.Struct("iII")  # ucred: process, user, group
+    _, user, _ = layout.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size))
+    return bool(user == os.geteuid())
 
 
 class _HungUp(Exception):

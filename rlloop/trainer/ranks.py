@@ -103,6 +103,7 @@ class Ranks:
         self._num_calls = 0
         self._one_failed = False
         """In a call to which others have not replied; they may wait for it until a timeout of theirs."""
+        self._death: RankDied | None = None
         self._last_interrupted = _SPAWN.RawValue(ctypes.c_long, 0)
 
     async def __aenter__(self) -> Ranks:
@@ -243,7 +244,9 @@ class Ranks:
             reply: _Reply = rank.pipe.recv()
         except (EOFError, OSError):
             await anyio.to_thread.run_sync(rank.process.join, 5.0)  # its pipe is closed, so it is about to be gone
-            raise _death(index, rank.process.exitcode, self._specs[index].log_path) from None
+            # The first is why, also where the others were ended because of it.
+            self._death = self._death or _death(index, rank.process.exitcode, self._specs[index].log_path)
+            raise self._death from None
         rank.num_owed -= 1
         return reply
 

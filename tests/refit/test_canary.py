@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import anyio
 import numpy as np
 import pytest
 
+from rlloop.config import RunSettings
 from rlloop.engine.fake import FakeEngine
 from rlloop.engine.replicas import Replicas
 from rlloop.errors import RefitError
 from rlloop.events import Events
-from rlloop.refit.canary import NUM_COMPLETIONS, Canary
+from rlloop.refit.canary import NUM_COMPLETIONS, Canary, open_canary
 from rlloop.refit.publisher import Refit
 from rlloop.trainer.fake import FakeTrainer
 from rlloop.types import (
@@ -23,6 +25,7 @@ from rlloop.types import (
     Completion,
     FloatArray,
     GenerationRequest,
+    InFlight,
     IntArray,
     LoraConfig,
     RefitReport,
@@ -84,9 +87,8 @@ class Harness:
     ) -> None:
         self.engines, self.trainer = [Engine() for _ in range(num_engines)], Trainer()
         self.engine = self.engines[-1]
-        self.refit = Refit(
-            self.trainer, Replicas(self.engines) if num_engines > 1 else self.engine, "policy", 3, Events(None)
-        )
+        self.served = Replicas(self.engines) if num_engines > 1 else self.engine
+        self.refit = Refit(self.trainer, self.served, "policy", 3, Events(None))
         self.canary = Canary(
             self.trainer,
             self.engines,
@@ -155,6 +157,24 @@ async def test_the_version_before_is_caught(anyio_backend: str) -> None:
     message = await harness.refused(6)
     assert "policy version 3 " in message
     assert "Version 2 still agreed" in message
+
+
+@pytest.mark.parametrize("in_flight", ["finish", "restart", "hop"])
+@pytest.mark.parametrize("num_engines", [1, 2])
+async def test_each_engine_is_asked_as_rollouts_are(in_flight: InFlight, num_engines: int, anyio_backend: str) -> None:
+    harness = Harness(num_engines=num_engines)
+    settings = RunSettings(
+        refit={"in_flight": in_flight}, engine={"max_model_len": 16}, sampling={"temperature": 0.7, "max_tokens": 8}
+    )
+    tokenizer = SimpleNamespace(encode=lambda text: [*range(11, 40)])
+    harness.canary = open_canary(
+        settings, tokenizer, harness.trainer, harness.served, harness.refit, "policy", Events(None)
+    )
+    assert await harness.difference(1) == [0.0]
+    for engine in harness.engines:
+        found = {(each.tokens, each.max_tokens, each.temperature, each.in_flight, each.n) for each in engine.requests}
+        assert found == {((*range(11, 19),), 8, 0.7, "hop" if in_flight == "hop" else "finish", 1)}
+        assert len(engine.requests) == NUM_COMPLETIONS
 
 
 async def test_one_engine_of_many_is_caught_by_itself(anyio_backend: str) -> None:

@@ -162,7 +162,7 @@ def test_another_users_process_is_no_reader_and_no_trainer(
     sender = WeightsSender("memory", "float32", name, 1)
     sender.listen()
     with monkeypatch.context() as patched:
-        patched.setattr(stream.os, "getuid", lambda: -1)
+        patched.setattr(stream.os, "geteuid", lambda: -1)
         with pytest.raises(RefitError, match="another user's process listens"):
             WeightsReader(torch.device("cpu")).connect(name)
     turned_away = iter([False, False])  # the one before has gone, but is in the queue

@@ -205,7 +205,7 @@ async def test_those_that_wait_for_one_that_is_gone_can_be_ended(module) -> None
             await ranks.call("leave", 1)
         started = monotonic()
         ranks.kill()
-        with pytest.raises(RankDied):
+        with pytest.raises(RankDied, match="rank 1 was killed"):
             await ranks.call("echo")
         assert monotonic() - started < 5
 
