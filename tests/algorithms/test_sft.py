@@ -204,7 +204,7 @@ async def test_a_stopped_run_goes_on_where_it_was(
     fake(moment)
     with scope:
         await train(config, "")
-    assert scope.cancelled_caught
+    assert scope.cancelled_caught == (at < 13)  # from the last optimizer step on nothing is left to stop
     num_steps = (at - (at > 9)) // 2  # a step whose optimizer step has begun is made
     if num_steps:
         assert len(weights(config)) == 2 * num_steps

@@ -9,7 +9,7 @@ import pytest
 
 from rlloop.config import RunSettings
 from rlloop.errors import ConfigError
-from rlloop.tracking import Trackers, open_trackers
+from rlloop.tracking import Trackers, check_trackers, open_trackers
 from rlloop.tracking.background import Background
 from rlloop.tracking.files import Files, read_metrics
 
@@ -151,11 +151,11 @@ def test_files_and_terminal_are_always_there(tmp_path: Path, capsys: pytest.Capt
     assert out[1].startswith("step 1/3  reward 0.250")
 
 
-def test_missing_wandb_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_wandb_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     settings = RunSettings.model_validate({"tracking": {"wandb": "online"}})
     with pytest.raises(ConfigError, match=r"--tracking.wandb online.*pip install rlloop\[wandb\]"):
-        open_trackers(settings, tmp_path, attempt=1)
+        check_trackers(settings)
 
 
 def test_a_full_disk_under_metrics_does_not_stop_the_loop(tmp_path: Path, caplog: pytest.LogCaptureFixture):
