@@ -279,7 +279,6 @@ async def measure_in_flight(publisher: Publisher, num_streams: int, *, hop: bool
     gaps: dict[str, list[float]] = {kind: [] for kind in ("none", *publisher.transports)}
     reports: dict[Transport, list[RefitReport]] = {kind: [] for kind in publisher.transports}
     far: dict[Transport, list[float]] = {}
-    completions: dict[Transport, list[Completion]] = {}
 
     async def publish_now_and_then(transport: Transport) -> None:
         await publisher.warm_up(transport)
@@ -296,11 +295,10 @@ async def measure_in_flight(publisher: Publisher, num_streams: int, *, hop: bool
     for transport in publisher.transports:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(publish_now_and_then, transport)
-            completions[transport] = await decode(engine, prompts, hop)
+            completions = await decode(engine, prompts, hop)
             tasks.cancel_scope.cancel()
-    if not hop:
-        for transport, found in completions.items():
-            far[transport] = await distances(trainer, prompts[:4], found[:4], ("old", "new"))
+        if not hop:
+            far[transport] = await distances(trainer, prompts[:4], completions[:4], ("old", "new"))
     return [
         {
             "requests": num_streams,

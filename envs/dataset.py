@@ -19,7 +19,7 @@ from typing import Any
 
 import anyio
 
-from rlloop.environment import MessageEnvironment, Policy, Trajectory
+from rlloop.environment import MessageEnvironment, Policy, Trajectory, as_written
 from rlloop.plugins import load_object
 from rlloop.types import Message, Reward, Rollout
 
@@ -67,8 +67,8 @@ class Dataset(MessageEnvironment):
         return dict(self._rows[index])
 
     def messages(self, task: dict[str, Any]) -> list[Message]:
-        """Those of the row's prompt, without the keys that datasets fills in with None where other rows have them."""
-        return [{key: value for key, value in message.items() if value is not None} for message in task["prompt"]]
+        """Those of the row's prompt."""
+        return as_written(task["prompt"])
 
     async def rollout(self, task: dict[str, Any], policy: Policy) -> Rollout:
         """One answer."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from anyio import create_task_group, to_thread
 
-from rlloop.config import RefitSettings, RunSettings, TrainingSettings
+from rlloop.config import EngineSettings, RefitSettings, RunSettings, TrainingSettings
 from rlloop.engine import Engine
 from rlloop.engine.replicas import Replicas
 from rlloop.errors import ConfigError
@@ -151,10 +151,7 @@ async def open_backend(
                 refit=settings.refit,
             )
         )
-        in_flight = settings.num_slots * settings.group_size + settings.num_held_out * settings.evaluation.group_size
-        chosen = {"kv_cache_gib": placement.kv_cache_gib, "max_num_seqs": min(512, max(64, in_flight))}
-        chosen = {name: value for name, value in chosen.items() if getattr(settings.engine, name) is None}
-        engine_settings = settings.engine.model_copy(update=chosen)
+        engine_settings = _engine_settings(settings, placement)
         async with create_task_group() as tasks:
             tasks.start_soon(prepare, trainer)
             engines = [
@@ -176,6 +173,15 @@ async def open_backend(
                 for replica in range(placement.replicas)
             ]
         yield Backend(settings, engines[0] if len(engines) == 1 else Replicas(engines), trainer, tokenizer)
+
+
+def _engine_settings(settings: RunSettings, placement: Placement) -> EngineSettings:
+    """With what the run and the placement come to, where they leave it open."""
+    in_flight = settings.num_slots * settings.group_size + settings.num_held_out * settings.evaluation.group_size
+    chosen = {"kv_cache_gib": placement.kv_cache_gib, "max_num_seqs": min(512, max(64, in_flight))}
+    return settings.engine.model_copy(
+        update={name: value for name, value in chosen.items() if getattr(settings.engine, name) is None}
+    )
 
 
 def load_tokenizer(model: str, chat_template_kwargs: Mapping[str, Any]) -> Any:

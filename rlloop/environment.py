@@ -182,6 +182,11 @@ class MessageEnvironment(ABC):
             chat += [{"role": "assistant", "content": text}, *reply]
 
 
+def as_written(messages: Sequence[Message]) -> list[Message]:
+    """Without the keys that datasets fills in with None where other rows have them."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
 def prompt_tokens(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """The chat as the tokenizer's template writes it, up to where the policy's answer begins."""
     encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=True)

@@ -150,16 +150,14 @@ def _completion_metrics(groups: list[Group]) -> Metrics:
 def completion_rows(step: Step, tokenizer: Any) -> list[dict[str, Any]]:
     """What the policy wrote in this step, one row for each rollout; where it had several turns, what it was told between them,
     too."""
-
-    def text(rollout: Rollout, begin: int) -> str:
-        return rollout.text if rollout.num_turns == 1 else str(tokenizer.decode(rollout.tokens[begin:]))
-
     return [
         {
             "ordinal": group.prompt.ordinal,
             "policy_version": group.policy_version,
-            "prompt": tokenizer.decode(rollout.tokens[: (begin := int(rollout.loss_mask.argmax()))]),
-            "text": text(rollout, begin),
+            "prompt": tokenizer.decode(rollout.tokens[: _num_prompt_tokens(rollout)]),
+            "text": rollout.text
+            if rollout.num_turns == 1
+            else tokenizer.decode(rollout.tokens[_num_prompt_tokens(rollout) :]),
             "reward": float(reward),
             "finish_reason": rollout.finish_reason,
             "num_tokens": int(rollout.loss_mask.sum()),
@@ -167,3 +165,7 @@ def completion_rows(step: Step, tokenizer: Any) -> list[dict[str, Any]]:
         for group in step.groups
         for rollout, reward in zip(group.rollouts, group.rewards, strict=True)
     ]
+
+
+def _num_prompt_tokens(rollout: Rollout) -> int:
+    return int(rollout.loss_mask.argmax())

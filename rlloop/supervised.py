@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from rlloop.advantages import token_weights
-from rlloop.environment import prompt_tokens, reply_tokens
+from rlloop.environment import as_written, prompt_tokens, reply_tokens
 from rlloop.errors import ConfigError
 from rlloop.types import BoolArray, IntArray, Message, Sample
 
@@ -215,7 +215,6 @@ def _string(name: str, value: Any) -> str:
 
 
 def _chat(name: str, value: Any) -> list[Message]:
-    """Without the keys that datasets fills in with None where other rows have them."""
     if not isinstance(value, list) or not all(isinstance(message, dict) and "role" in message for message in value):
         raise ValueError(f"expected {name} to be a list of messages with role and content, got {value!r:.80}")
-    return [{key: item for key, item in message.items() if item is not None} for message in value]
+    return as_written(value)

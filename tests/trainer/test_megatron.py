@@ -301,7 +301,7 @@ def test_dropout(run: RunTrainer, folders: dict[str, Path], samples: list[Sample
     for layer in found:
         for name, (got, right) in layer.items():
             # Sums in float32, whose order is the processor's: of entries of some 200 one was 1.8e-5 off where it has AMX.
-            torch.testing.assert_close(got, right, atol=1e-3, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(got, right, atol=1e-3, rtol=3e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_layers_that_run_twice_drop_the_same(run: RunTrainer, folders: dict[str, Path], samples: list[Sample]) -> None:
