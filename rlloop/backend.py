@@ -152,27 +152,31 @@ async def open_backend(
             )
         )
         engine_settings = _engine_settings(settings, placement)
+        engines: dict[int, Engine] = {}
+
+        async def start(replica: int) -> None:
+            engines[replica] = await stack.enter_async_context(
+                start_vllm(
+                    model,
+                    engine_settings,
+                    dtype=placement.dtype,
+                    lora=LoraConfig(**dict(settings.lora)),
+                    num_versions=settings.num_versions,
+                    serves_hops=settings.refit.in_flight == "hop",
+                    form=settings.refit.form,
+                    log_path=logs / (f"engine-{replica}.log" if placement.replicas > 1 else "engine.log"),
+                    cores=placement.cores_of(replica),
+                    gpus=placement.gpus_of(replica),
+                    tensor_parallel=placement.tensor_parallel,
+                )
+            )
+
         async with create_task_group() as tasks:
             tasks.start_soon(prepare, trainer)
-            engines = [
-                await stack.enter_async_context(
-                    start_vllm(
-                        model,
-                        engine_settings,
-                        dtype=placement.dtype,
-                        lora=LoraConfig(**dict(settings.lora)),
-                        num_versions=settings.num_versions,
-                        serves_hops=settings.refit.in_flight == "hop",
-                        form=settings.refit.form,
-                        log_path=logs / (f"engine-{replica}.log" if placement.replicas > 1 else "engine.log"),
-                        cores=placement.cores_of(replica),
-                        gpus=placement.gpus_of(replica),
-                        tensor_parallel=placement.tensor_parallel,
-                    )
-                )
-                for replica in range(placement.replicas)
-            ]
-        yield Backend(settings, engines[0] if len(engines) == 1 else Replicas(engines), trainer, tokenizer)
+            for replica in range(placement.replicas):
+                tasks.start_soon(start, replica)
+        ordered = [engines[replica] for replica in range(placement.replicas)]
+        yield Backend(settings, ordered[0] if len(ordered) == 1 else Replicas(ordered), trainer, tokenizer)
 
 
 def _engine_settings(settings: RunSettings, placement: Placement) -> EngineSettings:

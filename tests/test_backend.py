@@ -224,10 +224,14 @@ def test_a_chat_template_gets_its_variables_whoever_renders_it(tiny_llama: Path)
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_each_engine_gets_gpus_of_its_own(replicas: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, Any]] = []
+    all_begun = anyio.Event()
 
     @asynccontextmanager
     async def start(model: str, settings: Any, **arguments: Any) -> AsyncIterator[FakeEngine]:
         started.append(arguments | {"settings": settings})
+        if len(started) == replicas:
+            all_begun.set()
+        await all_begun.wait()  # for ever, where one starts after the other
         yield FakeEngine()
 
     @asynccontextmanager

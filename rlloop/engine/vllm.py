@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import Event, Lock
@@ -24,8 +24,8 @@ from rlloop.processes import blocked_signals, environment
 from rlloop.types import Completion, EngineStatistics, GenerationRequest, LoraConfig, RefitForm, RefitReport, Ticket
 
 WORKER_EXTENSION = "rlloop.refit.worker.LoraRefit"
-_STARTING = Lock()
-"""vLLM reads the process's environment, and a start that was cancelled goes on for a while."""
+_SPAWNING = Lock()
+"""An engine's process inherits the environment, which is one engine's at a time. Then several start side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +329,7 @@ async def start_vllm(
     gpus: Sequence[int] = (),
     tensor_parallel: int = 1,
 ) -> AsyncIterator[VllmEngine]:
-    """Run vLLM while the block runs. Start several one after the other: vLLM reads the process's environment.
+    """Run vLLM while the block runs.
 
     `lora`: of the adapters that it will serve, the greatest rank and all targets. `num_versions`: policy versions that it can
     hold at once; `merged` is always one. `serves_hops`: requests may have `in_flight` "hop", which takes one more slot. `cores`:
@@ -340,12 +340,12 @@ async def start_vllm(
     abandoned = Event()
 
     def create() -> Any:
-        # Ctrl-C goes to the whole process group; the engine must outlive it, since it is the loop that stops the run.
-        with (
-            _STARTING,
-            blocked_signals(signal.SIGINT),
-            environment(**{TALLY: tally.location, **vllm_arguments.gpu_order(gpus)}),
-        ):
+        with ExitStack() as until_spawned:
+            until_spawned.enter_context(_SPAWNING)
+            # Ctrl-C goes to the whole process group; the engine must outlive it, since it is the loop that stops the run.
+            until_spawned.enter_context(blocked_signals(signal.SIGINT))
+            variables = vllm_arguments.variables(settings, log_path, cores, tensor_parallel, gpus)
+            until_spawned.enter_context(environment(**variables, **{TALLY: tally.location}))
             from vllm import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -364,15 +364,16 @@ async def start_vllm(
             )
             if abandoned.is_set():  # while vLLM was imported, which takes seconds
                 return None
+            until_spawned.enter_context(vllm_compat.noted_spawn(until_spawned.close))
             llm = AsyncLLM.from_engine_args(arguments)
-            if abandoned.is_set():
-                llm.shutdown()
-            return llm
+        if abandoned.is_set():
+            llm.shutdown()
+        return llm
 
     # Beside the weights that are merged, on each GPU.
     keeps = form == "merged" and cores is None and settings.kv_cache_gib is None
     kept = vllm_arguments.base_bytes(model, dtype) // tensor_parallel if keeps else 0
-    vllm_arguments.set_environment(settings, log_path, cores, tensor_parallel)
+    vllm_arguments.set_environment()
     try:
         llm = await anyio.to_thread.run_sync(create, abandon_on_cancel=True)
     except anyio.get_cancelled_exc_class():

@@ -75,10 +75,10 @@ def gpu_order(gpus: Sequence[int]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(visible[gpu] for gpu in order)} if visible else {}
 
 
-def set_environment(
-    settings: EngineSettings, log_path: Path, cores: frozenset[int] | None, tensor_parallel: int
-) -> None:
-    """vLLM reads these when it is imported and when it spawns its processes."""
+def variables(
+    settings: EngineSettings, log_path: Path, cores: frozenset[int] | None, tensor_parallel: int, gpus: Sequence[int]
+) -> dict[str, str]:
+    """The environment of one engine's process."""
     handler = {"class": "logging.FileHandler", "filename": str(log_path.resolve()), "formatter": "plain"}
     logging_config = {
         "version": 1,
@@ -89,13 +89,18 @@ def set_environment(
     }
     config_path = log_path.with_suffix(".logging.json")
     config_path.write_text(json.dumps(logging_config))
-    os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(config_path.resolve())
+    found = {"VLLM_LOGGING_CONFIG_PATH": str(config_path.resolve()), **gpu_order(gpus)}
+    if cores is not None:
+        found["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib or 1)
+        parts = [",".join(map(str, sorted(part or ()))) for part in divide(cores, tensor_parallel)]
+        found["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(parts)
+    return found
+
+
+def set_environment() -> None:
+    """What holds for all engines, and for vLLM in this process while they run."""
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     # After so many the event loop gets a turn; an output is a whole completion.
     os.environ["VLLM_V1_OUTPUT_PROC_CHUNK_SIZE"] = "4"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if cores is not None:
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib or 1)
-        parts = [",".join(map(str, sorted(part or ()))) for part in divide(cores, tensor_parallel)]
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +50,25 @@ def num_sampled_tokens(model_runner: Any) -> dict[str, int]:
     else:
         found = {request: len(state.output_token_ids) for request, state in model_runner.requests.items()}
     return {request.partition("-")[0]: number for request, number in found.items()}
+
+
+@contextmanager
+def noted_spawn(when_spawned: Callable[[], None]) -> Iterator[None]:
+    """Calls that in the block once vLLM has spawned an engine's process, for whose weights and graphs it then waits."""
+    from vllm.v1.engine import utils
+
+    manager = utils.CoreEngineProcManager
+
+    class Noted(manager):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            when_spawned()
+
+    utils.CoreEngineProcManager = Noted
+    try:
+        yield
+    finally:
+        utils.CoreEngineProcManager = manager
 
 
 def sentinels(llm: Any) -> list[int]:
