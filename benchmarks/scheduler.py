@@ -51,16 +51,17 @@ def make_config(model: Path, num_requests: int) -> Any:
         max_num_batched_tokens=num_requests * PROMPT,
         max_model_len=length,
         is_encoder_decoder=False,
-        async_scheduling=True,
     )
     cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=True)
     cache.num_gpu_blocks = num_requests * (length // BLOCK + 2)
-    return VllmConfig(
+    config = VllmConfig(
         scheduler_config=scheduler,
         model_config=ModelConfig(model=str(model), max_model_len=length),
         cache_config=cache,
         parallel_config=ParallelConfig(),
     )
+    config.scheduler_config.async_scheduling = True  # as on a GPU; vLLM turns it off on a CPU
+    return config
 
 
 def start(config: Any, holds_back: bool) -> Any:

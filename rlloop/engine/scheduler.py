@@ -1,7 +1,7 @@
-"""vLLM's scheduler, but that a request's tokens and their logprobs leave the engine's process at its end, and not one by one.
+"""vLLM's scheduler with less to do for each token: that is what bounds small models, and how many engines one loop can serve.
 
-vLLM slices and encodes an output for each sampled token, and our process decodes it and keeps its books: that bounds small
-models, and how many engines one loop can serve.
+A request's tokens and their logprobs leave the engine's process at its end: vLLM slices and encodes an output for each of them,
+and our process decodes it and keeps its books. And a token that fits into its request's last block asks for no memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,28 @@ def make_scheduler(vllm_config: Any, **arguments: Any) -> Any:
     base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     scheduler: Any = type(base.__name__, (HoldsOutputs, base), {})(vllm_config=vllm_config, **arguments)
     scheduler.tally = Tally(os.environ[TALLY])
+    _skip_open_blocks(scheduler)
     return scheduler
+
+
+def _skip_open_blocks(scheduler: Any) -> None:
+    """vLLM asks the manager of the KV cache for room for each token, half of what it does to schedule one; it has an answer
+    only where a block begins, and writes down for the prefix cache where one is full."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    manager, groups = scheduler.kv_cache_manager, scheduler.kv_cache_config.kv_cache_groups
+    allocate, nothing = manager.allocate_slots, manager.empty_kv_cache_blocks
+    if len(groups) != 1 or type(groups[0].kv_cache_spec) is not FullAttentionSpec or scheduler.num_lookahead_tokens:
+        return
+    size = groups[0].kv_cache_spec.block_size
+
+    def allocate_slots(request: Any, num_new_tokens: int, **more: Any) -> Any:
+        is_running = [*more] == ["num_lookahead_tokens"]  # others may have to wait, and bring blocks that are cached
+        if num_new_tokens == 1 and is_running and 0 < request.num_computed_tokens % size < size - 1:
+            return nothing
+        return allocate(request, num_new_tokens, **more)
+
+    manager.allocate_slots = allocate_slots
 
 
 class HoldsOutputs:

@@ -1,0 +1,119 @@
+"""The KV cache's memory under rlloop's scheduler, beside vLLM's own: real schedulers, tokens that no model sampled."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlloop.engine.scheduler import TALLY, make_scheduler
+from rlloop.engine.tally import Tally
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]  # of vLLM
+BLOCK = 16
+
+
+def make_config(model: Path, num_blocks: int, is_async: bool) -> Any:
+    from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+
+    scheduler = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=512, max_model_len=256, is_encoder_decoder=False)
+    cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=True)
+    cache.num_gpu_blocks = num_blocks
+    config = VllmConfig(
+        scheduler_config=scheduler,
+        model_config=ModelConfig(model=str(model), max_model_len=256),
+        cache_config=cache,
+        parallel_config=ParallelConfig(),
+    )
+    config.scheduler_config.async_scheduling = is_async  # on a CPU vLLM turns it off
+    return config
+
+
+def start(config: Any, make: Any) -> Any:
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    return make(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(config.cache_config.num_gpu_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=BLOCK,
+    )
+
+
+def request(name: str, prompt: list[int], max_tokens: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
+
+    hash_block = get_hash_fn_by_name("sha256")
+    init_none_hash(hash_block)
+    return Request(
+        name,
+        prompt,
+        SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+        None,
+        block_hasher=get_request_block_hasher(BLOCK, hash_block),
+    )
+
+
+def sampled(scheduled: Any) -> Any:
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    names = [*scheduled.num_scheduled_tokens]
+    return ModelRunnerOutput(
+        req_ids=names,
+        req_id_to_index={name: index for index, name in enumerate(names)},
+        sampled_token_ids=[[7] for _ in names],
+        logprobs=None,
+        prompt_logprobs_dict={},
+        pooler_output=[],
+    )
+
+
+def follow(scheduler: Any, num_ahead: int) -> list[Any]:
+    """What each step schedules, and where it lies: groups that share a prompt and come at any time, then their whole texts. The
+    host schedules so many steps before it knows what came of one."""
+    generator, seen, running = random.Random(0), [], deque[Any]()
+    prompts = [[*range(start, start + generator.randint(1, 40))] for start in range(0, 300, 50)]
+    waiting = [(f"{i}-{j}", prompt, generator.randint(1, 70)) for i, prompt in enumerate(prompts) for j in range(3)]
+    waiting += [(f"{name}-again", [*prompt, *[7] * length, 1], 3) for name, prompt, length in waiting]
+    while waiting or scheduler.has_requests():
+        for _ in range(min(len(waiting), generator.choice([0, 0, 0, 1, 2]))):
+            scheduler.add_request(request(*waiting.pop(0)))
+        scheduled = scheduler.schedule()
+        running.append(scheduled)
+        if len(running) > num_ahead:
+            done = running.popleft()
+            scheduler.update_from_output(done, sampled(done))
+        blocks = {name: scheduler.kv_cache_manager.get_block_ids(name) for name in scheduled.num_scheduled_tokens}
+        new = {one.req_id: (one.block_ids, one.num_computed_tokens) for one in scheduled.scheduled_new_reqs}
+        more = scheduled.scheduled_cached_reqs
+        gave_way = {*(scheduled.preempted_req_ids or ())}
+        seen.append((dict(scheduled.num_scheduled_tokens), blocks, new, more.req_ids, more.new_block_ids, gave_way))
+    return seen
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("num_blocks", [200, 18], ids=["room for all", "some must give way"])
+def test_every_token_lies_where_vllm_would_put_it(
+    num_blocks: int, is_async: bool, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    tally = Tally()
+    monkeypatch.setenv(TALLY, tally.location)
+    config = make_config(tiny_llama, num_blocks, is_async)
+    theirs = follow(start(config, AsyncScheduler if is_async else Scheduler), int(is_async))
+    found = follow(start(config, make_scheduler), int(is_async))
+    assert found == theirs
+    hits = [computed for step in found for name, (_, computed) in step[2].items() if name.endswith("again")]
+    assert max(hits) > 3 * BLOCK, "what was sampled is in the prefix cache"
+    assert any(step[-1] for step in found) == (num_blocks < 100)
