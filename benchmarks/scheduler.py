@@ -1,4 +1,4 @@
-"""What a sampled token costs on the host, beside the model: vLLM's own scheduler against the one that holds outputs back.
+"""What a sampled token costs on the host, beside the model: vLLM's own scheduler against rlloop's.
 
     python benchmarks/scheduler.py [--requests 64 256]
 
@@ -64,14 +64,14 @@ def make_config(model: Path, num_requests: int) -> Any:
     return config
 
 
-def start(config: Any, holds_back: bool) -> Any:
+def start(config: Any, is_ours: bool) -> Any:
     """vLLM's scheduler or ours, as the engine's process makes it."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
-    return (make_scheduler if holds_back else AsyncScheduler)(
+    return (make_scheduler if is_ours else AsyncScheduler)(
         vllm_config=config,
         kv_cache_config=KVCacheConfig(config.cache_config.num_gpu_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
         structured_output_manager=StructuredOutputManager(config),
@@ -80,7 +80,7 @@ def start(config: Any, holds_back: bool) -> Any:
     )
 
 
-def add_requests(scheduler: Any, processor: Any, num_requests: int, holds_back: bool) -> None:
+def add_requests(scheduler: Any, processor: Any, num_requests: int, is_ours: bool) -> None:
     """To both sides, as `VllmEngine` asks."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -101,7 +101,7 @@ def add_requests(scheduler: Any, processor: Any, num_requests: int, holds_back: 
             logprobs=0,
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={OUTPUTS_AT_THE_END: True} if holds_back else None,
+            extra_args={OUTPUTS_AT_THE_END: True} if is_ours else None,
         )
         name = f"r{number}"
         request = EngineCoreRequest(
@@ -120,16 +120,16 @@ def add_requests(scheduler: Any, processor: Any, num_requests: int, holds_back: 
         processor.add_request(request, None, queue=RequestOutputCollector(params.output_kind, name))
 
 
-def measure(config: Any, num_requests: int, holds_back: bool) -> dict[str, float]:
+def measure(config: Any, num_requests: int, is_ours: bool) -> dict[str, float]:
     """Microseconds a token, by stage."""
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.metrics.stats import IterationStats
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-    scheduler, processor = start(config, holds_back), OutputProcessor(None, log_stats=True)
+    scheduler, processor = start(config, is_ours), OutputProcessor(None, log_stats=True)
     encoder, decoder = MsgpackEncoder(), MsgpackDecoder(EngineCoreOutputs)
-    add_requests(scheduler, processor, num_requests, holds_back)
+    add_requests(scheduler, processor, num_requests, is_ours)
     clock, num_tokens = Clock(), 0
     while (scheduled := clock("schedule", scheduler.schedule)).total_num_scheduled_tokens:
         sampled = sample(scheduled)
@@ -175,20 +175,20 @@ def main() -> None:
         config = make_config(Path(resolve_model(options.model)), num_requests)
         found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
         for _ in range(options.rounds + 1):  # the first to warm up
-            for holds_back, rounds in found.items():
-                rounds.append(measure(config, num_requests, holds_back))
+            for is_ours, rounds in found.items():
+                rounds.append(measure(config, num_requests, is_ours))
         whole = {}
-        for holds_back, rounds in found.items():
+        for is_ours, rounds in found.items():
             stages = {stage: min(each[stage] for each in rounds[1:]) for stage in STAGES}
             engine, ours = sum(map(stages.__getitem__, STAGES[:3])), sum(map(stages.__getitem__, STAGES[3:]))
-            whole[holds_back] = (engine, ours)
+            whole[is_ours] = (engine, ours)
             ratios = {
                 "engine's: vLLM's / this": whole[False][0] / engine,
                 "our process's: vLLM's / this": whole[False][1] / ours,
             }
-            name = "held back" if holds_back else "vLLM's"
+            name = "rlloop's" if is_ours else "vLLM's"
             rows.append(
-                {"requests": num_requests, "outputs": name, **stages, **{k: f"{v:.2f}x" for k, v in ratios.items()}}
+                {"requests": num_requests, "scheduler": name, **stages, **{k: f"{v:.2f}x" for k, v in ratios.items()}}
             )
     report.table("Processor microseconds a token; schedule, update and encode are the engine's process", rows)
     report.write()
