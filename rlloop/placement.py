@@ -262,10 +262,13 @@ def _room_for_weights(settings: RunSettings) -> float:
 
 
 def _kv_cache_gib(settings: RunSettings, placement: Placement) -> int | None:
-    """Half of an engine's share, where it has others beside it: what they take while it starts, vLLM would count as its own."""
-    engine = settings.engine
-    is_alone = settings.placement.engines_a_gpu == 1 and not {*placement.engine_gpus} & {*placement.trainer_gpus}
-    if is_alone or engine.kv_cache_gib is not None or engine.gpu_memory_utilization is not None:
+    """Half of an engine's share, where it has others beside it: what they take while it starts, vLLM would count as its own. With
+    only a trainer there, a share that is given is vLLM's to divide."""
+    engine, number = settings.engine, settings.placement.engines_a_gpu
+    beside_trainer = (
+        bool({*placement.engine_gpus} & {*placement.trainer_gpus}) and engine.gpu_memory_utilization is None
+    )
+    if engine.kv_cache_gib is not None or not (beside_trainer or number > 1):
         return None
     return max(1, int(gpu_bytes() * _memory_share(settings) / 2) >> 30)
 

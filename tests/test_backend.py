@@ -224,15 +224,20 @@ def test_a_chat_template_gets_its_variables_whoever_renders_it(tiny_llama: Path)
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_each_engine_gets_gpus_of_its_own(replicas: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, Any]] = []
-    all_begun = anyio.Event()
+    all_begun, last_ready = anyio.Event(), anyio.Event()
+    engines = {name: FakeEngine() for name in ("engine.log", "engine-0.log", "engine-1.log")}
 
     @asynccontextmanager
     async def start(model: str, settings: Any, **arguments: Any) -> AsyncIterator[FakeEngine]:
         started.append(arguments | {"settings": settings})
         if len(started) == replicas:
             all_begun.set()
-        await all_begun.wait()  # for ever, where one starts after the other
-        yield FakeEngine()
+        with anyio.fail_after(5):
+            await all_begun.wait()  # in vain, where one starts after the other
+            if arguments["log_path"].name == "engine-0.log":
+                await last_ready.wait()
+        last_ready.set()
+        yield engines[arguments["log_path"].name]
 
     @asynccontextmanager
     async def trainer(model: str, **arguments: Any) -> AsyncIterator[FakeTrainer]:
@@ -248,7 +253,11 @@ def test_each_engine_gets_gpus_of_its_own(replicas: int, tmp_path: Path, monkeyp
     async def run() -> None:
         settings = RunSettings(model="owner/name", groups_per_step=8, group_size=5, max_staleness=1)
         async with open_backend(settings, "marker", tmp_path, placement=placement) as backend:
-            assert isinstance(backend.engine, Replicas if replicas > 1 else FakeEngine)
+            if replicas == 1:
+                assert backend.engine is engines["engine.log"]
+            else:
+                assert isinstance(backend.engine, Replicas)
+                assert backend.engine.engines == [engines["engine-0.log"], engines["engine-1.log"]]
 
     anyio.run(run)
     # 8 x 5 x 2 rollouts are in flight at most.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from threading import Event, Lock
 from typing import Any
 
 import anyio
@@ -19,13 +17,11 @@ from rlloop.engine import vllm_arguments, vllm_compat
 from rlloop.engine.flights import HOPPING, HOPPING_ID, Flight, Flights, Swap, continued, joined
 from rlloop.engine.scheduler import OUTPUTS_AT_THE_END, SCHEDULER, TALLY
 from rlloop.engine.tally import Tally
+from rlloop.engine.vllm_start import start_llm
 from rlloop.errors import EngineError, RefitError
-from rlloop.processes import blocked_signals, environment
 from rlloop.types import Completion, EngineStatistics, GenerationRequest, LoraConfig, RefitForm, RefitReport, Ticket
 
 WORKER_EXTENSION = "rlloop.refit.worker.LoraRefit"
-_SPAWNING = Lock()
-"""An engine's process inherits the environment, which is one engine's at a time. Then several start side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,48 +333,28 @@ async def start_vllm(
     GPUs, or processes on a CPU, share the layers.
     """
     tally = Tally()
-    abandoned = Event()
-
-    def create() -> Any:
-        with ExitStack() as until_spawned:
-            until_spawned.enter_context(_SPAWNING)
-            # Ctrl-C goes to the whole process group; the engine must outlive it, since it is the loop that stops the run.
-            until_spawned.enter_context(blocked_signals(signal.SIGINT))
-            variables = vllm_arguments.variables(settings, log_path, cores, tensor_parallel, gpus)
-            until_spawned.enter_context(environment(**variables, **{TALLY: tally.location}))
-            from vllm import AsyncEngineArgs
-            from vllm.v1.engine.async_llm import AsyncLLM
-
-            arguments = AsyncEngineArgs(
-                model=model,
-                dtype=dtype,
-                max_model_len=settings.max_model_len,
-                max_num_seqs=settings.max_num_seqs,
-                logprobs_mode="processed_logprobs",  # at the sampling temperature
-                worker_extension_cls=WORKER_EXTENSION,
-                scheduler_cls=SCHEDULER,
-                use_tqdm_on_load=False,
-                tensor_parallel_size=tensor_parallel,
-                **(vllm_arguments.slots(num_versions + serves_hops, lora) if form == "adapter" else {}),
-                **vllm_arguments.device_arguments(settings, cores, kept),
-            )
-            if abandoned.is_set():  # while vLLM was imported, which takes seconds
-                return None
-            until_spawned.enter_context(vllm_compat.noted_spawn(until_spawned.close))
-            llm = AsyncLLM.from_engine_args(arguments)
-        if abandoned.is_set():
-            llm.shutdown()
-        return llm
-
     # Beside the weights that are merged, on each GPU.
     keeps = form == "merged" and cores is None and settings.kv_cache_gib is None
     kept = vllm_arguments.base_bytes(model, dtype) // tensor_parallel if keeps else 0
+    arguments = {
+        "model": model,
+        "dtype": dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "logprobs_mode": "processed_logprobs",  # at the sampling temperature
+        "worker_extension_cls": WORKER_EXTENSION,
+        "scheduler_cls": SCHEDULER,
+        "use_tqdm_on_load": False,
+        "tensor_parallel_size": tensor_parallel,
+        **(vllm_arguments.slots(num_versions + serves_hops, lora) if form == "adapter" else {}),
+        **vllm_arguments.device_arguments(settings, cores, kept),
+    }
+
+    def variables() -> dict[str, str]:
+        return {TALLY: tally.location, **vllm_arguments.variables(settings, log_path, cores, tensor_parallel, gpus)}
+
     vllm_arguments.set_environment()
-    try:
-        llm = await anyio.to_thread.run_sync(create, abandon_on_cancel=True)
-    except anyio.get_cancelled_exc_class():
-        abandoned.set()  # the thread cannot be stopped
-        raise
+    llm = await start_llm(arguments, variables)
     try:
         yield VllmEngine(llm, tally, settings.max_model_len, log_path, serves_hops=serves_hops, form=form)
     finally:

@@ -53,22 +53,41 @@ def num_sampled_tokens(model_runner: Any) -> dict[str, int]:
 
 
 @contextmanager
-def noted_spawn(when_spawned: Callable[[], None]) -> Iterator[None]:
-    """Calls that in the block once vLLM has spawned an engine's process, for whose weights and graphs it then waits."""
-    from vllm.v1.engine import utils
+def watched_spawn(before: Callable[[], None], after: Callable[[list[Any]], None]) -> Iterator[None]:
+    """What vLLM calls in the block before it spawns an engine's processes, and then, with them; for their weights and graphs it
+    waits afterwards. What `before` raises goes to who starts the engine."""
+    from vllm.v1.engine.utils import CoreEngineProcManager
 
-    manager = utils.CoreEngineProcManager
+    spawn = CoreEngineProcManager.__init__
 
-    class Noted(manager):  # type: ignore[misc, valid-type]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            when_spawned()
+    def watched(manager: Any, *args: Any, **kwargs: Any) -> None:
+        before()
+        spawn(manager, *args, **kwargs)
+        after(manager.processes)
 
-    utils.CoreEngineProcManager = Noted
+    CoreEngineProcManager.__init__ = watched  # not the class, for which vLLM asks
     try:
         yield
     finally:
-        utils.CoreEngineProcManager = manager
+        CoreEngineProcManager.__init__ = spawn
+
+
+def no_metrics() -> Any:
+    """In the place of vLLM's Prometheus metrics: those are one set a process, which engines that start side by side register over
+    each other, and they take time for each message. vLLM keeps its statistics all the same, and with them first tokens' times."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    class NoMetrics(PrometheusStatLogger):
+        def __init__(self, vllm_config: Any, engine_indexes: Any) -> None:
+            pass
+
+        def record(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return NoMetrics
 
 
 def sentinels(llm: Any) -> list[int]:

@@ -16,10 +16,12 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]  #
 BLOCK = 16
 
 
-def make_config(model: Path, num_blocks: int, is_async: bool) -> Any:
+def make_config(model: Path, num_blocks: int, budget: int, is_async: bool) -> Any:
     from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
 
-    scheduler = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=512, max_model_len=256, is_encoder_decoder=False)
+    scheduler = SchedulerConfig(
+        max_num_seqs=8, max_num_batched_tokens=budget, max_model_len=256, is_encoder_decoder=False
+    )
     cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=True)
     cache.num_gpu_blocks = num_blocks
     config = VllmConfig(
@@ -63,14 +65,16 @@ def request(name: str, prompt: list[int], max_tokens: int) -> Any:
     )
 
 
-def sampled(scheduled: Any) -> Any:
+def sampled(scheduled: Any, scheduler: Any) -> Any:
+    """A token for each request whose prompt this step completes, or completed before; to be asked right after scheduling."""
     from vllm.v1.outputs import ModelRunnerOutput
 
     names = [*scheduled.num_scheduled_tokens]
+    requests = [scheduler.requests[name] for name in names]
     return ModelRunnerOutput(
         req_ids=names,
         req_id_to_index={name: index for index, name in enumerate(names)},
-        sampled_token_ids=[[7] for _ in names],
+        sampled_token_ids=[[7] if one.num_computed_tokens >= one.num_tokens else [] for one in requests],
         logprobs=None,
         prompt_logprobs_dict={},
         pooler_output=[],
@@ -84,36 +88,57 @@ def follow(scheduler: Any, num_ahead: int) -> list[Any]:
     prompts = [[*range(start, start + generator.randint(1, 40))] for start in range(0, 300, 50)]
     waiting = [(f"{i}-{j}", prompt, generator.randint(1, 70)) for i, prompt in enumerate(prompts) for j in range(3)]
     waiting += [(f"{name}-again", [*prompt, *[7] * length, 1], 3) for name, prompt, length in waiting]
+    pool = scheduler.kv_cache_manager.block_pool
     while waiting or scheduler.has_requests():
         for _ in range(min(len(waiting), generator.choice([0, 0, 0, 1, 2]))):
             scheduler.add_request(request(*waiting.pop(0)))
         scheduled = scheduler.schedule()
-        running.append(scheduled)
+        running.append((scheduled, sampled(scheduled, scheduler)))
         if len(running) > num_ahead:
-            done = running.popleft()
-            scheduler.update_from_output(done, sampled(done))
+            scheduler.update_from_output(*running.popleft())
         blocks = {name: scheduler.kv_cache_manager.get_block_ids(name) for name in scheduled.num_scheduled_tokens}
         new = {one.req_id: (one.block_ids, one.num_computed_tokens) for one in scheduled.scheduled_new_reqs}
         more = scheduled.scheduled_cached_reqs
-        gave_way = {*(scheduled.preempted_req_ids or ())}
-        seen.append((dict(scheduled.num_scheduled_tokens), blocks, new, more.req_ids, more.new_block_ids, gave_way))
+        gave_way, cached = {*(scheduled.preempted_req_ids or ())}, [block.block_hash for block in pool.blocks]
+        seen.append(
+            (dict(scheduled.num_scheduled_tokens), blocks, new, more.req_ids, more.new_block_ids, cached, gave_way)
+        )
     return seen
 
 
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The new tokens of each call that reaches vLLM's manager of the cache."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    found: list[int] = []
+    allocate = KVCacheManager.allocate_slots
+
+    def counted(manager: Any, request: Any, num_new_tokens: int, *rest: Any, **more: Any) -> Any:
+        found.append(num_new_tokens)
+        return allocate(manager, request, num_new_tokens, *rest, **more)
+
+    monkeypatch.setattr(KVCacheManager, "allocate_slots", counted)
+    return found
+
+
 @pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("budget", [512, 17], ids=["prompts whole", "prompts in parts"])
 @pytest.mark.parametrize("num_blocks", [200, 18], ids=["room for all", "some must give way"])
 def test_every_token_lies_where_vllm_would_put_it(
-    num_blocks: int, is_async: bool, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    num_blocks: int, budget: int, is_async: bool, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
     tally = Tally()
     monkeypatch.setenv(TALLY, tally.location)
-    config = make_config(tiny_llama, num_blocks, is_async)
+    config = make_config(tiny_llama, num_blocks, budget, is_async)
     theirs = follow(start(config, AsyncScheduler if is_async else Scheduler), int(is_async))
+    calls = count_calls(monkeypatch)
     found = follow(start(config, make_scheduler), int(is_async))
     assert found == theirs
     hits = [computed for step in found for name, (_, computed) in step[2].items() if name.endswith("again")]
     assert max(hits) > 3 * BLOCK, "what was sampled is in the prefix cache"
     assert any(step[-1] for step in found) == (num_blocks < 100)
+    num_tokens = sum(number == 1 for step in found for number in step[0].values())
+    assert calls.count(1) < 0.4 * num_tokens

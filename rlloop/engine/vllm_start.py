@@ -1,0 +1,73 @@
+"""Starts vLLM's AsyncLLM in a thread: several of them side by side, and not for longer than someone waits for it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from threading import Event, Lock
+from typing import Any
+
+import anyio
+
+from rlloop.engine import vllm_compat
+from rlloop.errors import EngineError
+from rlloop.processes import blocked_signals, environment
+
+_SPAWNING = Lock()
+"""An engine's process inherits the environment, which is one engine's at a time. Once it is there, others may start beside it."""
+
+
+async def start_llm(arguments: Mapping[str, Any], variables: Callable[[], Mapping[str, str]]) -> Any:
+    """An AsyncLLM with these arguments, in whose processes these variables are set; they are asked for when the environment is no
+    other engine's. Where the start is cancelled its processes end."""
+    start = _Start(arguments, variables)
+    try:
+        return await anyio.to_thread.run_sync(start.run, abandon_on_cancel=True)
+    except anyio.get_cancelled_exc_class():
+        start.abandon()
+        raise
+
+
+class _Start:
+    """One that a thread runs, which cannot be stopped, but what it waits for."""
+
+    def __init__(self, arguments: Mapping[str, Any], variables: Callable[[], Mapping[str, str]]) -> None:
+        self._arguments = arguments
+        self._variables = variables
+        self._is_abandoned = Event()
+        self._processes: list[Any] = []
+
+    def run(self) -> Any:
+        """Returns when the engine is ready."""
+        with ExitStack() as until_spawned:
+
+            def spawned(processes: list[Any]) -> None:
+                self._processes = processes
+                until_spawned.close()
+                if self._is_abandoned.is_set():
+                    self.abandon()
+
+            until_spawned.enter_context(_SPAWNING)
+            # Ctrl-C goes to the whole process group; the engine must outlive it, since it is the loop that stops the run.
+            until_spawned.enter_context(blocked_signals(signal.SIGINT))
+            until_spawned.enter_context(environment(**self._variables()))
+            from vllm import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+
+            until_spawned.enter_context(vllm_compat.watched_spawn(self._check, spawned))
+            arguments = AsyncEngineArgs(**self._arguments, disable_log_stats=True)
+            llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[vllm_compat.no_metrics()])
+        if self._is_abandoned.is_set():
+            llm.shutdown()
+        return llm
+
+    def abandon(self) -> None:
+        """Nobody waits for it any more."""
+        self._is_abandoned.set()
+        for process in self._processes:
+            process.terminate()
+
+    def _check(self) -> None:
+        if self._is_abandoned.is_set():
+            raise EngineError("the start of an engine was cancelled before its process was spawned")
