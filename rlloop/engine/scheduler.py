@@ -48,9 +48,8 @@ def _skip_open_blocks(scheduler: Any) -> None:
     size = groups[0].kv_cache_spec.block_size
 
     def allocate_slots(request: Any, num_new_tokens: int, **more: Any) -> Any:
-        if (
-            num_new_tokens == 1 and 0 < request.num_computed_tokens % size < size - 1
-        ):  # one that waits has computed none
+        is_within = 0 < request.num_computed_tokens % size < size - 1  # not of one that waits, which has computed none
+        if num_new_tokens == 1 and is_within:
             return nothing
         return allocate(request, num_new_tokens, **more)
 
