@@ -55,6 +55,7 @@ class _Start:
             from vllm import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
+            self._check()  # it may have waited for others, and vLLM's import takes seconds
             until_spawned.enter_context(vllm_compat.watched_spawn(self._check, spawned))
             arguments = AsyncEngineArgs(**self._arguments, disable_log_stats=True)
             llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[vllm_compat.no_metrics()])
