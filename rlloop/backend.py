@@ -10,7 +10,7 @@ Starting vLLM takes longer than a short run; the base model is frozen, so nothin
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,8 +127,6 @@ async def open_backend(
     at once. `marker` is that of `rlloop.processes.guard`; logs are written to `folder`/logs, and the trainer's spans, unless
     there are `events` for them, to `folder`/events.jsonl. `prepare` gets the trainer while the engine starts. Raises RlloopError.
     """
-    from rlloop.engine.vllm import start_vllm
-
     if placement is None:
         placement = await to_thread.run_sync(place, settings)
     model = str(await to_thread.run_sync(resolve_model, settings.model))
@@ -151,32 +149,38 @@ async def open_backend(
                 refit=settings.refit,
             )
         )
-        engine_settings = _engine_settings(settings, placement)
         engines: dict[int, Engine] = {}
 
         async def start(replica: int) -> None:
-            engines[replica] = await stack.enter_async_context(
-                start_vllm(
-                    model,
-                    engine_settings,
-                    dtype=placement.dtype,
-                    lora=LoraConfig(**dict(settings.lora)),
-                    num_versions=settings.num_versions,
-                    serves_hops=settings.refit.in_flight == "hop",
-                    form=settings.refit.form,
-                    log_path=logs / (f"engine-{replica}.log" if placement.replicas > 1 else "engine.log"),
-                    cores=placement.cores_of(replica),
-                    gpus=placement.gpus_of(replica),
-                    tensor_parallel=placement.tensor_parallel,
-                )
-            )
+            engines[replica] = await stack.enter_async_context(_engine(settings, placement, model, logs, replica))
 
         async with create_task_group() as tasks:
             tasks.start_soon(prepare, trainer)
             for replica in range(placement.replicas):
                 tasks.start_soon(start, replica)
-        ordered = [engines[replica] for replica in range(placement.replicas)]
+        ordered = [engines[replica] for replica in sorted(engines)]
         yield Backend(settings, ordered[0] if len(ordered) == 1 else Replicas(ordered), trainer, tokenizer)
+
+
+def _engine(
+    settings: RunSettings, placement: Placement, model: str, logs: Path, replica: int
+) -> AbstractAsyncContextManager[Engine]:
+    """One of the placement's."""
+    from rlloop.engine.vllm import start_vllm
+
+    return start_vllm(
+        model,
+        _engine_settings(settings, placement),
+        dtype=placement.dtype,
+        lora=LoraConfig(**dict(settings.lora)),
+        num_versions=settings.num_versions,
+        serves_hops=settings.refit.in_flight == "hop",
+        form=settings.refit.form,
+        log_path=logs / (f"engine-{replica}.log" if placement.replicas > 1 else "engine.log"),
+        cores=placement.cores_of(replica),
+        gpus=placement.gpus_of(replica),
+        tensor_parallel=placement.tensor_parallel,
+    )
 
 
 def _engine_settings(settings: RunSettings, placement: Placement) -> EngineSettings:
