@@ -14,6 +14,13 @@ from rlloop.models import weight_bytes
 from rlloop.placement import divide, gpu_bytes, visible_gpus
 from rlloop.types import LoraConfig
 
+GRAPH_SIZES = (
+    *(1, 2, 4, *range(8, 128, 8), *range(128, 256, 16), *range(256, 512, 16)),
+    *(*range(512, 1024, 64), *range(1024, 2049, 128)),
+)
+"""Tokens of a step, up to vLLM's largest. What is larger than all sizes is launched kernel by kernel, with adapters 50 ms a step
+whatever the model; vLLM's own sizes end at 512, and with so many requests in flight each step in which one begins is larger."""
+
 
 def slots(number: int, lora: LoraConfig) -> dict[str, Any]:
     """Room for so many adapters, and only on the layers that get one: on others vLLM would compute with empty ones."""
@@ -56,7 +63,9 @@ def device_arguments(settings: EngineSettings, cores: frozenset[int] | None, kep
                     f"more than --engine.gpu-memory-utilization {share} allows: raise it, or set "
                     "--placement.tensor-parallel"
                 )
-        return {**memory, "enforce_eager": settings.enforce_eager}
+        if settings.enforce_eager:
+            return {**memory, "enforce_eager": True}
+        return {**memory, "compilation_config": {"cudagraph_capture_sizes": [*GRAPH_SIZES]}}
     return {
         "enforce_eager": True,
         "block_size": 32,  # small, for only whole blocks are shared between prompts

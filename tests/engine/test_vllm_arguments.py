@@ -37,3 +37,9 @@ def test_an_engines_gpus_come_first_and_it_sees_the_trainers_too(monkeypatch: py
     assert gpu_order(()) == {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
     monkeypatch.setattr("rlloop.engine.vllm_arguments.visible_gpus", list)
     assert gpu_order(()) == {}
+
+
+def test_whatever_a_step_has_a_graph_is_there_that_pads_it_little() -> None:
+    sizes = device_arguments(EngineSettings(), None, 0)["compilation_config"]["cudagraph_capture_sizes"]
+    assert all(min(size for size in sizes if size >= number) <= 1.125 * number for number in range(64, 2049))
+    assert "compilation_config" not in device_arguments(EngineSettings(enforce_eager=True), None, 0)
