@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rlloop.engine import cpu_lora, vllm_compat
+from rlloop.engine import cpu_lora, gpu_lora, vllm_compat
 from rlloop.engine.flights import HOPPING_ID
 from rlloop.refit.arrivals import Arrivals
 from rlloop.refit.digest import checksum, digest, spelled
@@ -75,6 +75,9 @@ class _InSlots:
         self._parts: list[torch.Tensor] = []
         if lora_manager.device.type == "cpu":
             cpu_lora.install()
+        else:
+            for wrapper in lora_manager._adapter_manager.punica_wrapper_mapping.values():
+                gpu_lora.install(wrapper)
 
     def load(self, version: int, ticket: dict[str, Any]) -> dict[str, Any]:
         """Into a free slot, of which the report says what it holds."""
