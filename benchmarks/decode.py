@@ -11,12 +11,14 @@ take turns, so that they meet the same machine; medians over the rounds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 from statistics import median
 from time import monotonic
 from typing import Any
@@ -188,6 +190,25 @@ async def decode(engine: Engine, version: int, asked: Sequence[list[int]]) -> fl
             request = GenerationRequest(tuple(prompt), version, NUM_TOKENS, seed=index)
             tasks.start_soon(engine.generate, request)
     return monotonic() - started
+
+
+async def stream(engine: Engine, version: int, number: int, seconds: float) -> float:
+    """Tokens per second of so many requests that come and go: of many lengths, and where one ends another begins."""
+    random, indices, end = Random(0), itertools.count(1000), monotonic() + seconds
+
+    async def one_after_the_other() -> None:
+        while monotonic() < end:
+            prompt = (next(indices) % 40_000, *range(1000, 1000 + PROMPT_TOKENS - 1))
+            length = random.randint(NUM_TOKENS // 8, NUM_TOKENS * 7 // 8)
+            await engine.generate(GenerationRequest(prompt, version, length, seed=prompt[0]))
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(number):
+            tasks.start_soon(one_after_the_other)
+        await anyio.sleep(seconds / 3)  # until they no longer go in step
+        before, since = engine.statistics().num_generated_tokens, monotonic()
+        await anyio.sleep(end - since)
+        return (engine.statistics().num_generated_tokens - before) / (monotonic() - since)
 
 
 def start_offline(model: Path, dtype: str, settings: EngineSettings) -> Any:

@@ -3,8 +3,9 @@
     python benchmarks/engines.py                                       # processes of this machine's cores, SmolLM2
     python benchmarks/engines.py --name h200_engines --shapes 8b 1.5b  # all GPUs that are there: random weights of these shapes
 
-Requests as rlloop makes them, on an adapter in a slot, all at once; the median of the rounds after a warm-up. `chosen` is what a
-run would take that has these GPUs for its engines.
+Requests as rlloop makes them, on an adapter in a slot: all at once, the median of the rounds after a warm-up; and so many that
+come and go, of many lengths, as in a run that is under way. `chosen` is what a run would take that has these GPUs for its
+engines.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from _report import Cell, Report
-from decode import NUM_TOKENS, PROMPT_TOKENS, decode, prompts, random_adapter, settings_for
+from decode import NUM_TOKENS, PROMPT_TOKENS, decode, prompts, random_adapter, settings_for, stream
 from refit import make_model
 from trainer import SHAPES
 
@@ -39,6 +40,7 @@ from rlloop.types import LoraConfig
 
 CUDA = torch.cuda.is_available()
 RANK = 32
+STREAM_SECONDS = 9.0
 
 
 def main() -> None:
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("--name", default="engines", help="of the files in results/")
     parser.add_argument("--model", default="SmolLM2-135M-Instruct")
     parser.add_argument("--shapes", nargs="*", default=[], choices=list(SHAPES), help="instead of --model")
-    parser.add_argument("--requests", type=int, nargs="+", default=[64, 512] if CUDA else [8, 32])
+    parser.add_argument("--requests", type=int, nargs="+", default=[64, 256, 512] if CUDA else [8, 32])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--engines_a_gpu", type=int, default=1, help="up to so many on a single GPU, measured there only"
@@ -148,6 +150,7 @@ class Meter:
         for number in self.requests:
             seconds = [await decode(engine, self.version, prompts(number, turn)) for turn in range(self.rounds + 1)]
             row[f"{number} requests"] = number * NUM_TOKENS / median(seconds[1:])
+            row[f"{number} that come and go"] = await stream(engine, self.version, number, STREAM_SECONDS)
         await engine.retire(self.version)
         return row
 
