@@ -42,7 +42,7 @@ def _skip_open_blocks(scheduler: Any) -> None:
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     manager, groups = scheduler.kv_cache_manager, scheduler.kv_cache_config.kv_cache_groups
-    allocate, nothing = manager.allocate_slots, manager.empty_kv_cache_blocks
+    allocate, cache, nothing = manager.allocate_slots, manager.cache_blocks, manager.empty_kv_cache_blocks
     if len(groups) != 1 or type(groups[0].kv_cache_spec) is not FullAttentionSpec or scheduler.num_lookahead_tokens:
         return
     size = groups[0].kv_cache_spec.block_size
@@ -53,7 +53,11 @@ def _skip_open_blocks(scheduler: Any) -> None:
             return nothing
         return allocate(request, num_new_tokens, **more)
 
-    manager.allocate_slots = allocate_slots
+    def cache_blocks(request: Any, num_computed_tokens: int) -> None:
+        if num_computed_tokens % size == 0:
+            cache(request, num_computed_tokens)
+
+    manager.allocate_slots, manager.cache_blocks = allocate_slots, cache_blocks
 
 
 class HoldsOutputs:
