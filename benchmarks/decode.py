@@ -41,6 +41,8 @@ from rlloop.types import GenerationRequest, LoraConfig
 CUDA = torch.cuda.is_available()
 NUM_TOKENS = 256 if CUDA else 32
 PROMPT_TOKENS = 32
+_INDICES = itertools.count(1000)
+"""Of requests that come and go: each begins with another token, so nothing of it is in a prefix cache."""
 Adapter = dict[str, torch.Tensor]
 
 
@@ -194,21 +196,26 @@ async def decode(engine: Engine, version: int, asked: Sequence[list[int]]) -> fl
 
 async def stream(engine: Engine, version: int, number: int, seconds: float) -> float:
     """Tokens per second of so many requests that come and go: of many lengths, and where one ends another begins."""
-    random, indices, end = Random(0), itertools.count(1000), monotonic() + seconds
+    random, num_ended, are_mixed, stops = Random(0), itertools.count(1), anyio.Event(), False
 
     async def one_after_the_other() -> None:
-        while monotonic() < end:
-            prompt = (next(indices) % 40_000, *range(1000, 1000 + PROMPT_TOKENS - 1))
+        while not stops:
+            index = next(_INDICES)
+            prompt = (index % 40_000, *range(1000, 1000 + PROMPT_TOKENS - 1))
             length = random.randint(NUM_TOKENS // 8, NUM_TOKENS * 7 // 8)
-            await engine.generate(GenerationRequest(prompt, version, length, seed=prompt[0]))
+            await engine.generate(GenerationRequest(prompt, version, length, seed=index))
+            if next(num_ended) == 2 * number:
+                are_mixed.set()
 
     async with anyio.create_task_group() as tasks:
         for _ in range(number):
             tasks.start_soon(one_after_the_other)
-        await anyio.sleep(seconds / 3)  # until they no longer go in step
+        await are_mixed.wait()
         before, since = engine.statistics().num_generated_tokens, monotonic()
-        await anyio.sleep(end - since)
-        return (engine.statistics().num_generated_tokens - before) / (monotonic() - since)
+        await anyio.sleep(seconds)
+        rate = (engine.statistics().num_generated_tokens - before) / (monotonic() - since)
+        stops = True
+    return rate
 
 
 def start_offline(model: Path, dtype: str, settings: EngineSettings) -> Any:

@@ -40,7 +40,7 @@ from rlloop.types import LoraConfig
 
 CUDA = torch.cuda.is_available()
 RANK = 32
-STREAM_SECONDS = 9.0
+STREAM_SECONDS = 6.0
 
 
 def main() -> None:

@@ -13,41 +13,47 @@ from typing import Any
 import numpy as np
 import torch
 
-Write = tuple[torch.Tensor, np.ndarray]
-"""Where to, from its first element on, and what."""
+
+def install(manager: Any) -> None:
+    """Replace what the wrappers of a `LoRAModelManager` do when a step's adapters are not those of the last: `PunicaWrapperGPU`s.
+
+    They stay as they are where more is read of what vLLM works out, by embeddings with adapters and for `specialize_active_lora`.
+    """
+    from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
+
+    has_embedding = any(isinstance(layer, VocabParallelEmbeddingWithLoRA) for layer in manager.modules.values())
+    if not has_embedding and not manager.lora_config.specialize_active_lora:
+        for wrapper in manager.punica_wrapper_mapping.values():
+            wrapper.update_metadata = _Update(wrapper)
 
 
-def install(wrapper: Any) -> None:
-    """Replace what one of vLLM's wrappers (`PunicaWrapperGPU`) does when the adapters of a step are not those of the last."""
-    wrapper._embeddings_indices.zero_()
-    embeddings = wrapper._embeddings_indices.view(-1, wrapper._token_lora_indices.shape[0])[
-        -1
-    ]  # vLLM 0.26 has two rows
+class _Update:
+    """In the place of a wrapper's `update_metadata`."""
 
-    def update_metadata(mapping: Any, slots: Sequence[int | None], max_loras: int, vocab_size: int, **_: Any) -> None:
-        """`slots`: the adapter in each. `max_loras`: with the one that stands for none."""
+    def __init__(self, wrapper: Any) -> None:
+        self._metas = wrapper.token_mapping_meta, wrapper.prompt_mapping_meta
+
+    def __call__(self, mapping: Any, slots: Sequence[int | None], *_: Any, **__: Any) -> None:
+        """`slots`: the adapter in each; `mapping`: that of each token, and of each request, 0 for none."""
         slot_of = {0: -1} | {adapter: slot for slot, adapter in enumerate(slots) if adapter is not None}
-        tokens = np.array([slot_of[adapter] for adapter in mapping.index_mapping])
-        samples = np.array([slot_of[adapter] for adapter in mapping.prompt_mapping])
-        padded = np.where(samples < 0, max_loras - 1, samples) * len(samples) + np.arange(len(samples))
-        wrapper.is_prefill = mapping.is_prefill
-        wrapper.indices_len[:] = len(tokens), len(samples), len(samples), len(tokens)
-        writes = [
-            (wrapper._token_lora_indices, tokens),
-            (wrapper._sampler_indices, samples),
-            (wrapper._sampler_indices_padded, padded),
-            (embeddings, np.maximum(tokens, 0) * vocab_size),
-        ]
-        for meta, each in ((wrapper.token_mapping_meta, tokens), (wrapper.prompt_mapping_meta, samples)):
-            meta.no_lora_flag_cpu[0] = bool((each < 0).all())
-            writes += _by_slot(meta, each)
-        _carry_out(writes)
-
-    wrapper.update_metadata = update_metadata
+        writes: list[tuple[torch.Tensor, np.ndarray]] = []
+        for meta, adapters in zip(self._metas, (mapping.index_mapping, mapping.prompt_mapping), strict=True):
+            chosen = np.array([slot_of[adapter] for adapter in adapters])
+            meta.no_lora_flag_cpu[0] = bool((chosen < 0).all())
+            writes += _by_slot(meta, chosen)
+        # In one transfer, for which nobody waits; in the tensors' own type, for from another one torch copies each by itself, or
+        # wrongly (pytorch #173383).
+        flat = torch.from_numpy(np.concatenate([numbers for _, numbers in writes], dtype=np.int32, casting="same_kind"))
+        device = writes[0][0].device
+        if device.type == "cuda":
+            flat = flat.pin_memory().to(device, non_blocking=True)
+        sizes = [len(numbers) for _, numbers in writes]
+        targets = [tensor[:size] for (tensor, _), size in zip(writes, sizes, strict=True)]
+        torch._foreach_copy_(targets, list(flat.split(sizes)))
 
 
-def _by_slot(meta: Any, slots: np.ndarray) -> list[Write]:
-    """For the kernels, which take an adapter's tokens together; -1 is none. How many adapters there are they do not ask."""
+def _by_slot(meta: Any, slots: np.ndarray) -> list[tuple[torch.Tensor, np.ndarray]]:
+    """What goes where, from the first element on, for the kernels, which take an adapter's tokens together; -1 is none."""
     found, counts = np.unique(slots, return_counts=True)
     active = np.full(len(meta.active_lora_ids), -1)
     numbers, starts = np.zeros(len(meta.num_tokens_per_lora), int), np.zeros(len(meta.lora_token_start_loc), int)
@@ -59,13 +65,3 @@ def _by_slot(meta: Any, slots: np.ndarray) -> list[Write]:
         (meta.num_tokens_per_lora, numbers),
         (meta.lora_token_start_loc, starts),
     ]
-
-
-def _carry_out(writes: Sequence[Write]) -> None:
-    """In one transfer, for which nobody waits."""
-    flat = torch.from_numpy(np.concatenate([what for _, what in writes]))
-    device = writes[0][0].device
-    if device.type == "cuda":
-        flat = flat.pin_memory().to(device, non_blocking=True)
-    sizes = [len(what) for _, what in writes]
-    torch._foreach_copy_([to[:size] for (to, _), size in zip(writes, sizes, strict=True)], list(flat.split(sizes)))

@@ -76,8 +76,7 @@ class _InSlots:
         if lora_manager.device.type == "cpu":
             cpu_lora.install()
         else:
-            for wrapper in lora_manager._adapter_manager.punica_wrapper_mapping.values():
-                gpu_lora.install(wrapper)
+            gpu_lora.install(lora_manager._adapter_manager)
 
     def load(self, version: int, ticket: dict[str, Any]) -> dict[str, Any]:
         """Into a free slot, of which the report says what it holds."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlloop.engine import gpu_lora
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]  # of vLLM
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 MAX_LORAS = 3
 SLOTS = [7, None, 2]
 """The id of the adapter in each."""
@@ -21,24 +23,39 @@ Step = list[tuple[int, int]]
 steps = st.lists(st.tuples(st.sampled_from([0, 2, 7]), st.integers(1, 5)), min_size=1, max_size=8)
 
 
-def make_wrapper(unwritten: int = -9) -> Any:
-    """With its tensors on the host."""
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's wrapper for GPUs imports this only where Triton is."""
     from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
     from vllm.lora.punica_wrapper import punica_gpu
 
-    punica_gpu.LoRAKernelMeta = LoRAKernelMeta  # which vLLM imports there only where Triton is
+    monkeypatch.setattr(punica_gpu, "LoRAKernelMeta", LoRAKernelMeta, raising=False)
+
+
+def make_wrapper(device: str, unwritten: int = -9) -> Any:
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+
     config = SimpleNamespace(max_loras=MAX_LORAS, specialize_active_lora=False)
-    wrapper = punica_gpu.PunicaWrapperGPU(64, 8, device=torch.device("cpu"), lora_config=config)
+    wrapper = PunicaWrapperGPU(64, 8, device=torch.device(device), lora_config=config)
     for each in tensors(wrapper):
         each.fill_(unwritten)
     return wrapper
 
 
 def tensors(wrapper: Any) -> list[torch.Tensor]:
-    """Those that would be on a GPU."""
-    holders = wrapper, wrapper.token_mapping_meta, wrapper.prompt_mapping_meta
-    held = [item for holder in holders for item in vars(holder).items()]
+    """Those that kernels read."""
+    metas = wrapper.token_mapping_meta, wrapper.prompt_mapping_meta
+    held = [item for meta in metas for item in vars(meta).items()]
     return [each for name, each in held if isinstance(each, torch.Tensor) and not name.endswith("_cpu")]
+
+
+def make_manager(wrapper: Any, modules: tuple[Any, ...] = (), specialize: bool = False) -> Any:
+    """What `install` asks of vLLM's."""
+    return SimpleNamespace(
+        modules=dict(enumerate(modules)),
+        lora_config=SimpleNamespace(specialize_active_lora=specialize),
+        punica_wrapper_mapping={"language_model": wrapper},
+    )
 
 
 def update(wrapper: Any, step: Step) -> None:
@@ -46,41 +63,58 @@ def update(wrapper: Any, step: Step) -> None:
     from vllm.lora.layers import LoRAMapping
 
     mapping = LoRAMapping(
-        index_mapping=tuple(adapter for adapter, number in step for _ in range(number)),
-        prompt_mapping=tuple(adapter for adapter, _ in step),
+        index_mapping=tuple(np.int32(adapter) for adapter, number in step for _ in range(number)),
+        prompt_mapping=tuple(np.int32(adapter) for adapter, _ in step),
         is_prefill=any(number > 1 for _, number in step),
     )
     wrapper.update_metadata(mapping, SLOTS, MAX_LORAS + 1, 1000)
 
 
-@settings(deadline=None)
-@given(st.lists(steps, min_size=1, max_size=4))
-def test_kernels_read_what_vllm_would_have_written(several: list[Step]) -> None:
-    own, wrapper = make_wrapper(-8), make_wrapper(-9)
-    gpu_lora.install(wrapper)
+@devices
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(several=st.lists(steps, min_size=1, max_size=4))
+def test_kernels_read_what_vllm_would_have_written(device: str, several: list[Step]) -> None:
+    own, wrapper = make_wrapper(device, -8), make_wrapper(device, -9)
+    gpu_lora.install(make_manager(wrapper))
     for step in several:
         update(own, step)
         update(wrapper, step)
-        assert wrapper.is_prefill == own.is_prefill
-        assert torch.equal(wrapper.token_lora_indices, own.token_lora_indices)
-        assert torch.equal(wrapper.sampler_indices, own.sampler_indices)
-        assert torch.equal(wrapper.sampler_indices_padded, own.sampler_indices_padded)
-        num_tokens = sum(number for _, number in step)
-        assert torch.equal(wrapper._embeddings_indices[..., :num_tokens], own._embeddings_indices[..., :num_tokens])
-        for name in ("token_mapping_meta", "prompt_mapping_meta"):
+        for name, number in (
+            ("token_mapping_meta", sum(number for _, number in step)),
+            ("prompt_mapping_meta", len(step)),
+        ):
             found, expected = getattr(wrapper, name), getattr(own, name)
             assert torch.equal(found.no_lora_flag_cpu, expected.no_lora_flag_cpu)
             if not expected.no_lora_flag_cpu:  # else no kernel reads on
-                number = num_tokens if name == "token_mapping_meta" else len(step)
                 for one, other in zip(found.meta_args(number, False), expected.meta_args(number, False), strict=True):
                     assert torch.equal(one, other)
 
 
-def test_the_kernels_tensors_stay_where_they_are() -> None:
-    wrapper = make_wrapper()
+@devices
+def test_nobody_waits_and_the_kernels_tensors_stay_where_they_are(device: str) -> None:
+    wrapper = make_wrapper(device)
     before = [each.data_ptr() for each in tensors(wrapper)]
-    gpu_lora.install(wrapper)
-    update(wrapper, [(7, 3), (0, 1)])
+    gpu_lora.install(make_manager(wrapper))
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        update(wrapper, [(7, 3), (0, 1)])
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
     assert [each.data_ptr() for each in tensors(wrapper)] == before
-    assert wrapper.token_lora_indices.tolist() == [0, 0, 0, -1]
+    assert wrapper.token_mapping_meta.token_lora_mapping[:4].tolist() == [0, 0, 0, -1]
     assert wrapper.token_mapping_meta.lora_token_start_loc.tolist() == [0, 1, 4, 0, 0]
+
+
+def test_vllms_own_stays_where_more_of_it_is_read() -> None:
+    from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
+
+    embedding = VocabParallelEmbeddingWithLoRA.__new__(VocabParallelEmbeddingWithLoRA)
+    for manager in (
+        make_manager(make_wrapper("cpu"), modules=(embedding,)),
+        make_manager(make_wrapper("cpu"), specialize=True),
+    ):
+        gpu_lora.install(manager)
+        [wrapper] = manager.punica_wrapper_mapping.values()
+        assert "update_metadata" not in vars(wrapper)

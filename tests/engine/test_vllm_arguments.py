@@ -39,7 +39,15 @@ def test_an_engines_gpus_come_first_and_it_sees_the_trainers_too(monkeypatch: py
     assert gpu_order(()) == {}
 
 
-def test_whatever_a_step_has_a_graph_is_there_that_pads_it_little() -> None:
-    sizes = device_arguments(EngineSettings(), None, 0)["compilation_config"]["cudagraph_capture_sizes"]
-    assert all(min(size for size in sizes if size >= number) <= 1.125 * number for number in range(64, 2049))
+@pytest.mark.parametrize("max_num_seqs", [1, 8, 64, 136, 300, 512, 1000])
+def test_every_step_has_a_graph_that_pads_it_little(max_num_seqs: int) -> None:
+    settings = EngineSettings(max_num_seqs=max_num_seqs)
+    sizes = device_arguments(settings, None, 0)["compilation_config"]["cudagraph_capture_sizes"]
+    assert max_num_seqs in sizes
+    for number in range(1, 2049):
+        padded = min(size for size in sizes if size >= number)
+        assert padded - number < max(8, number / 8)
+
+
+def test_without_graphs_there_are_no_sizes() -> None:
     assert "compilation_config" not in device_arguments(EngineSettings(enforce_eager=True), None, 0)
