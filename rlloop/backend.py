@@ -9,14 +9,14 @@ Starting vLLM takes longer than a short run; the base model is frozen, so nothin
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from anyio import create_task_group, to_thread
+from anyio import CancelScope, create_task_group, to_thread
 
 from rlloop.config import EngineSettings, RefitSettings, RunSettings, TrainingSettings
 from rlloop.engine import Engine
@@ -150,9 +150,12 @@ async def open_backend(
             )
         )
         engines: dict[int, Engine] = {}
+        open_engines = [AsyncExitStack() for _ in range(placement.replicas)]
+        stack.push_async_callback(_close, open_engines)
 
         async def start(replica: int) -> None:
-            engines[replica] = await stack.enter_async_context(_engine(settings, placement, model, logs, replica))
+            engine = _engine(settings, placement, model, logs, replica)
+            engines[replica] = await open_engines[replica].enter_async_context(engine)
 
         async with create_task_group() as tasks:
             tasks.start_soon(prepare, trainer)
@@ -160,6 +163,14 @@ async def open_backend(
                 tasks.start_soon(start, replica)
         ordered = [engines[replica] for replica in sorted(engines)]
         yield Backend(settings, ordered[0] if len(ordered) == 1 else Replicas(ordered), trainer, tokenizer)
+
+
+async def _close(stacks: Sequence[AsyncExitStack]) -> None:
+    """All at once, for an engine's end takes seconds."""
+    with CancelScope(shield=True):
+        async with create_task_group() as tasks:
+            for stack in stacks:
+                tasks.start_soon(stack.aclose)
 
 
 def _engine(

@@ -224,7 +224,8 @@ def test_a_chat_template_gets_its_variables_whoever_renders_it(tiny_llama: Path)
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_each_engine_gets_gpus_of_its_own(replicas: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, Any]] = []
-    all_begun, last_ready = anyio.Event(), anyio.Event()
+    all_begun, last_ready, all_end = anyio.Event(), anyio.Event(), anyio.Event()
+    ending: list[str] = []
     engines = {name: FakeEngine() for name in ("engine.log", "engine-0.log", "engine-1.log")}
 
     @asynccontextmanager
@@ -238,6 +239,11 @@ def test_each_engine_gets_gpus_of_its_own(replicas: int, tmp_path: Path, monkeyp
                 await last_ready.wait()
         last_ready.set()
         yield engines[arguments["log_path"].name]
+        ending.append(arguments["log_path"].name)
+        if len(ending) == replicas:
+            all_end.set()
+        with anyio.fail_after(5):
+            await all_end.wait()  # likewise
 
     @asynccontextmanager
     async def trainer(model: str, **arguments: Any) -> AsyncIterator[FakeTrainer]:
@@ -260,6 +266,7 @@ def test_each_engine_gets_gpus_of_its_own(replicas: int, tmp_path: Path, monkeyp
                 assert backend.engine.engines == [engines["engine-0.log"], engines["engine-1.log"]]
 
     anyio.run(run)
+    assert len(ending) == replicas
     # 8 x 5 x 2 rollouts are in flight at most.
     assert {(each["settings"].max_num_seqs, each["settings"].kv_cache_gib) for each in started} == {(80, 7)}
     found = [(each["gpus"], each["tensor_parallel"], each["log_path"].name, each["cores"]) for each in started]

@@ -358,5 +358,7 @@ async def start_vllm(
     try:
         yield VllmEngine(llm, tally, settings.max_model_len, log_path, serves_hops=serves_hops, form=form)
     finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(vllm_compat.end_processes, llm)
         llm.shutdown()
         llm.shutdown = lambda *_: None  # its __del__ would call it again, when the interpreter has taken vLLM apart

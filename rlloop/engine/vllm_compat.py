@@ -95,6 +95,13 @@ def sentinels(llm: Any) -> list[int]:
     return [process.sentinel for process in llm.engine_core.resources.engine_manager.processes]
 
 
+def end_processes(llm: Any) -> None:
+    """The part of vLLM's shutdown that waits for them, some seconds; what belongs to the event loop is left to `shutdown`."""
+    resources = llm.engine_core.resources
+    resources.engine_dead = True  # so nobody takes their end for an accident
+    resources.engine_manager.shutdown()
+
+
 def is_death(error: Exception) -> bool:
     """Whether the engine or one of its workers is gone, rather than has refused what it was asked."""
     from vllm.v1.engine.exceptions import EngineDeadError

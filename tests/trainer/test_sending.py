@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import uuid
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -17,6 +18,7 @@ import torch
 from rlloop.config import TrainerSettings
 from rlloop.errors import RefitError, TrainerError
 from rlloop.refit.stream import WeightsReader, WeightsSender
+from rlloop.refit.transports import SHARED_MEMORY
 from rlloop.trainer.rank_trainer import RankArguments, RankTrainer
 from rlloop.trainer.ranks import RankSpec
 
@@ -59,15 +61,18 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def trainer(module: ModuleType) -> RankTrainer:
+def trainer(module: ModuleType) -> Iterator[RankTrainer]:
     class Trainer(RankTrainer):
         def _specs(self, arguments: RankArguments, *others: object) -> list[RankSpec]:
             return [RankSpec(partial(module.Rank, arguments=arguments))]
 
-    sender = WeightsSender("memory", "float32", f"rlloop-test-{uuid.uuid4().hex}", 1, bucket_bytes=4)
-    return Trainer(
+    name = f"rlloop-test-{uuid.uuid4().hex}"
+    sender = WeightsSender("memory", "float32", name, 1, bucket_bytes=4)
+    yield Trainer(
         "no model", dtype="float32", settings=TrainerSettings(), temperature=1.0, writer=sender, sender=sender
     )
+    for segment in SHARED_MEMORY.glob(f"{name}*"):  # of a rank that was killed; in a run its guard removes them
+        segment.unlink()
 
 
 async def take(location: str) -> list[str]:
