@@ -78,7 +78,7 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     own = [1, 2, 4, *range(8, 256, 8), *range(256, 2049, 16)]
     eighths = [size for start in (64, 128, 256, 512, 1024) for size in range(start, 2 * start, start // 8)]
     fine = {size for size in own if size <= max(64, max_num_seqs)}
-    return sorted(fine | {max_num_seqs} | {size for size in [*eighths, 2048] if size > max_num_seqs})
+    return sorted({max_num_seqs, *fine, *eighths, 2048})
 
 
 def gpu_order(gpus: Sequence[int]) -> dict[str, str]:
