@@ -319,6 +319,29 @@ def test_layers_that_run_twice_drop_the_same(run: RunTrainer, folders: dict[str,
     assert relative(*found) <= 1e-5
 
 
+@pytest.mark.parametrize("layout", ["1x1", "DP2", "TP2xPP2", "PP2, interleaved"])
+def test_a_warm_up_leaves_nothing(
+    run: RunTrainer, folders: dict[str, Path], samples: list[Sample], layout: str
+) -> None:
+    """Neither in the next gradient, nor in what is dropped next; on CPUs it is not made by itself."""
+    found: list[list[float]] = []
+
+    async def train(trainer: RankTrainer, warm_up: bool) -> None:
+        await trainer.create_adapter("policy", replace(LORA, dropout=0.5))
+        losses = []
+        for _ in range(2):
+            if warm_up:
+                await trainer._ranks.call("warm_up", "policy")
+            losses.append(float((await trainer.forward_backward("policy", samples, surrogate))["loss"]))
+            losses.append((await trainer.optim_step("policy", ADAM)).grad_norm)
+        found.append(losses)
+
+    for warm_up in (False, True):
+        trainer = make_trainer(folders["qwen2"], LAYOUTS[layout])
+        run(trainer, partial(train, trainer, warm_up))
+    assert found[0] == found[1]
+
+
 def assert_same(found: Life, expected: Life) -> None:
     assert relative(found.losses, expected.losses) <= 1e-5
     assert relative(found.norms, expected.norms) <= 1e-5

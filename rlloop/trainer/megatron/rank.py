@@ -55,6 +55,7 @@ class MegatronRank:
         self._skipped = SkippedSteps(settings.max_nonfinite_steps)
         self._active: str | None = None
         self._is_switching = False
+        self._is_warm = False
         num_head = 0 if self._model.head is None else self._model.head.numel()
         counts = torch.tensor([self._model.num_weights, num_head], device=self._groups.device)
         torch.distributed.all_reduce(counts, group=self._groups.model)
@@ -75,6 +76,31 @@ class MegatronRank:
         check_lora(name, lora, set().union(*self._groups.gather(self._model.targets)))
         hidden_size = self._model.config.hidden_size
         self._adapters[name] = Adapter(lora, head, self._model.layers, hidden_size, self._groups, self._dtype)
+        if self._groups.device.type == "cuda" and not self._is_warm:
+            self.warm_up(name)
+            self._is_warm = True
+
+    def warm_up(self, name: str) -> None:
+        """Compute gradients of nothing; adapter and random state stay as they are.
+
+        Torch compiles for one size when it meets a function first, and for any at the second, together half a minute. Here
+        engines start meanwhile. The sizes are large enough for kernels that are made for many tokens.
+        """
+        adapter, num_tokens = self._get(name), min(2048, self._settings.max_tokens_per_microbatch)
+        devices = [self._groups.device] if self._groups.device.type == "cuda" else []
+        self._activate(name)
+        with gradient_discarded_on_error(adapter.discard_gradient), torch.random.fork_rng(devices):
+            for samples in (_blank_samples(num_tokens), _blank_samples(num_tokens // 2)):
+                self._schedule.run(  # the same on every rank
+                    pack(samples, num_tokens),
+                    Columns(samples),
+                    lambda outputs, *_: outputs.sum() * 0,
+                    adapter=adapter,
+                    backward=True,
+                    before_each=_nothing,
+                )
+        adapter.discard_gradient()
+        self._trace.flush()
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter and its optimizer."""
@@ -235,6 +261,14 @@ class MegatronRank:
 
 def _nothing() -> None:
     pass
+
+
+def _blank_samples(num_tokens: int) -> list[Sample]:
+    """That together make one microbatch of nearly so many tokens."""
+    length = min(num_tokens, 255)  # of which the last token is not computed
+    zeros = np.zeros(length + 1, np.float32)
+    mask, tokens = np.arange(length + 1) > 0, np.zeros(length + 1, np.int32)
+    return [Sample(tokens, mask, zeros, zeros, zeros, prompt_id=index) for index in range(num_tokens // length)]
 
 
 def _share(microbatches: Sequence[Microbatch], index: int, num_shares: int) -> list[Microbatch]:
