@@ -137,7 +137,9 @@ def prepare_model(case: Case, like: str, scratch: Path) -> Path:
         for file in [*tokenizer.glob("*token*"), *tokenizer.glob("chat_template*")]:
             shutil.copy(file, folder)
         settings = json.loads((folder / "tokenizer_config.json").read_text())
-        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+        # TRL pads, if need be with the end-of-sequence token.
+        none_ends = {"eos_token": None, "pad_token": "<|endoftext|>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **none_ends}))
     # Logits are nearly equal, so a token comes about once in `vocabulary` tokens.
     vocabulary = RANDOM[case.model].vocab_size
     num_ends = vocabulary // case.workload.num_tokens if case.lengths == "geometric" else 0

@@ -1,7 +1,8 @@
 """vLLM's scheduler with less to do for each token: that is what bounds small models, and how many engines one loop can serve.
 
 A request's tokens and their logprobs leave the engine's process at its end: vLLM slices and encodes an output for each of them,
-and our process decodes it and keeps its books. And a token that fits into its request's last block asks for no memory.
+and our process decodes it and keeps its books. A token that fits into its request's last block asks for no memory. And requests
+begin several at once: a step with a prompt in it is launched piece by piece, one that only decodes as one CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ SCHEDULER = f"{__name__}.make_scheduler"
 OUTPUTS_AT_THE_END = "outputs_at_the_end"
 """In a request's `extra_args`. Not for one that may end elsewhere and be read nevertheless, by an abort or at a stop string: what
 is held goes with it."""
+BEGIN_TOGETHER = 16
+"""Requests wait until they are one for so many that run,"""
+LONGEST_WAIT = 8
+"""but not for more steps than this."""
 TALLY = "RLLOOP_TALLY"
 """Environment variable: where the engine's `Tally` is."""
 
@@ -64,7 +69,24 @@ class HoldsOutputs:
     """Mixed into a scheduler."""
 
     requests: dict[str, Any]
+    running: list[Any]
+    waiting: Any
+    max_num_running_reqs: int
     tally: Tally
+    _num_held_steps = 0
+
+    def schedule(self, throttle_prefills: bool = False) -> Any:
+        """vLLM's, which can leave prompts to a later step, but with engines that step together in mind, and not where all seats
+        are taken: here one that ends makes room for the next, in nearly every step."""
+        num_beginning = min(len(self.waiting), self.max_num_running_reqs - len(self.running))
+        are_few = 0 < num_beginning < len(self.running) // BEGIN_TOGETHER
+        if are_few and self._num_held_steps < LONGEST_WAIT and not any(each.is_prefill_chunk for each in self.running):
+            self._num_held_steps += 1
+            self.prefill_capacity_bound = False
+            throttle_prefills = True
+        else:
+            self._num_held_steps = 0
+        return super().schedule(throttle_prefills)  # type: ignore[misc]
 
     def add_request(self, request: Any) -> None:
         """vLLM's, and whether this one's outputs are held back."""

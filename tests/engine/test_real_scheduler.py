@@ -1,4 +1,4 @@
-"""The KV cache's memory under rlloop's scheduler, beside vLLM's own: real schedulers, tokens that no model sampled."""
+"""rlloop's scheduler beside vLLM's own: real schedulers, tokens that no model sampled."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]  #
 BLOCK = 16
 
 
-def make_config(model: Path, num_blocks: int, budget: int, is_async: bool) -> Any:
+def make_config(model: Path, num_blocks: int, budget: int, is_async: bool, seats: int = 8) -> Any:
     from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
 
     scheduler = SchedulerConfig(
-        max_num_seqs=8, max_num_batched_tokens=budget, max_model_len=256, is_encoder_decoder=False
+        max_num_seqs=seats, max_num_batched_tokens=budget, max_model_len=256, is_encoder_decoder=False
     )
     cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=True)
     cache.num_gpu_blocks = num_blocks
@@ -142,3 +142,68 @@ def test_every_token_lies_where_vllm_would_put_it(
     assert any(step[-1] for step in found) == (num_blocks < 100)
     num_tokens = sum(number == 1 for step in found for number in step[0].values())
     assert calls.count(1) < 0.4 * num_tokens
+
+
+class Driver:
+    """A scheduler, step by step, as its engine calls it."""
+
+    def __init__(self, model: Path, seats: int, budget: int = 2048) -> None:
+        self._tally = Tally()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(TALLY, self._tally.location)
+            self.scheduler = start(make_config(model, 2000, budget, False, seats), make_scheduler)
+        self._num_added = 0
+
+    def add(self, number: int, max_tokens: int = 200, prompt: int = 4) -> None:
+        for _ in range(number):
+            self._num_added += 1
+            tokens = [1000 * self._num_added, *range(1, prompt)]
+            self.scheduler.add_request(request(f"{self._num_added}", tokens, max_tokens))
+
+    def steps(self, number: int) -> list[int]:
+        """How many requests begin in each of so many steps."""
+        begin = []
+        for _ in range(number):
+            scheduled = self.scheduler.schedule()
+            self.scheduler.update_from_output(scheduled, sampled(scheduled, self.scheduler))
+            begin.append(len(scheduled.scheduled_new_reqs))
+        return begin
+
+
+def test_few_requests_wait_for_others_to_begin_with(tiny_llama: Path) -> None:
+    driver = Driver(tiny_llama, seats=100)
+    driver.add(48)
+    assert driver.steps(2) == [48, 0]  # nobody runs whom a prompt would hold up
+    driver.add(1)
+    assert driver.steps(10) == [*[0] * 8, 1, 0]  # not for long
+    driver.add(2)
+    assert driver.steps(2) == [0, 0]
+    driver.add(1)
+    assert driver.steps(2) == [3, 0]  # of 49 that run 3 are enough
+    driver.add(1)
+    assert driver.steps(9) == [*[0] * 8, 1]  # counted anew
+
+
+def test_seats_are_taken_several_at_once(tiny_llama: Path) -> None:
+    """More wait than there is room for, and one of those that run ends in each step."""
+    driver = Driver(tiny_llama, seats=64)
+    for length in range(1, 65):
+        driver.add(1, max_tokens=10 + length)
+    driver.steps(10)
+    driver.add(100)
+    begin = driver.steps(40)
+    assert sum(begin) >= 36
+    assert {number for number in begin if number} == {3}  # of the 61 that run, when three seats are free
+
+
+def test_where_few_run_or_a_prompt_is_computed_anyway_none_waits(tiny_llama: Path) -> None:
+    few = Driver(tiny_llama, seats=64)
+    few.add(31)
+    few.steps(1)
+    few.add(1)
+    assert few.steps(1) == [1]
+    in_parts = Driver(tiny_llama, seats=100, budget=100)
+    in_parts.add(48)
+    in_parts.steps(3)
+    in_parts.add(3, prompt=100)
+    assert in_parts.steps(2) == [1, 1]  # where the first one's prompt goes on
