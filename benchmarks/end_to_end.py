@@ -12,6 +12,8 @@
     trl              TRL's GRPOTrainer with vLLM beside it on every GPU, tuned as trl_baseline.py says; corrects for the
                      engine's arithmetic, as rlloop does
     trl_uncorrected  the same without that, which saves it a forward pass
+    trl_async        TRL's AsyncGRPOTrainer, max_staleness 2, on one GPU, and its vLLM server on another, as trl_async_baseline.py
+                     says; on one or two GPUs
 
 Lengths of completions: `fixed`; for random weights `geometric`, with so many end-of-sequence tokens that a completion has in
 the mean as many tokens as a fixed one (vLLM compares every token with each of them: a few microseconds, in all systems);
@@ -20,7 +22,8 @@ for real weights their `own`. Everything else is equal: prompts, rewards, sample
 Every run is a process of its own and kept as it ends, in results/<name>.jsonl; one that is there is not made again. Rates
 are over `--steps` steps, without the first ones, and without the last max_staleness ones, whose samples nothing replaces. MFU is
 over the whole time: 4 N T / (seconds x 790 TFLOP/s x GPUs of the trainer), N all parameters, T the tokens that a trainer
-computes: rlloop's a prompt once for its group, and no sample's last token, TRL's whole sequences.
+computes: rlloop's a prompt once for its group, and no sample's last token, trl_async's a prompt once for those in a pass, TRL's
+otherwise whole sequences.
 Flags that are not listed below go to `rlloop grpo`: `--refit.form merged`.
 """
 
@@ -58,6 +61,7 @@ TAIL = 6
 """Geometric completions are cut off at so many times the mean, which one in 400 reaches."""
 RLLOOP = {"async_split": 2, "async_colocated": 2, "sync_colocated": 0, "sync_split": 0}
 TRL = {"trl": "--importance-correction", "trl_uncorrected": "--no-importance-correction"}
+SYSTEMS = (*RLLOOP, *TRL, "trl_async")
 LENGTHS = ("fixed", "geometric", "own")
 # `tiny` with the vocabulary of the prompts' tokenizer, and heads that vLLM knows on a CPU.
 RANDOM = SHAPES | {"tiny": replace(SHAPES["tiny"], vocab_size=49152, num_attention_heads=2)}
@@ -119,6 +123,8 @@ class Case:
         return self.workload.num_tokens * (TAIL if self.lengths == "geometric" else 1)
 
     def num_trainer_gpus(self, system: str) -> int:
+        if system == "trl_async":
+            return 1
         return max(1, round(self.num_gpus * self.workload.trainer_share)) if is_split(system) else self.num_gpus
 
 
@@ -186,24 +192,76 @@ def run_ours(case: Case, system: str, model: Path, scratch: Path, flags: Sequenc
     }
 
 
+def write_prompts(scratch: Path) -> Path:
+    """As chats."""
+    path, arithmetic = scratch / "prompts.json", Arithmetic()
+    path.write_text(json.dumps([arithmetic.messages(arithmetic.task(i)) for i in range(len(arithmetic))]))
+    return path
+
+
+def trl_options(case: Case, model: Path, scratch: Path) -> list[str]:
+    """Of both of TRL's trainers."""
+    work = case.workload
+    return [
+        *("--model", str(model), "--prompts", str(write_prompts(scratch)), "--groups", str(case.num_groups)),
+        *("--steps", str(case.num_steps), "--warmup", str(WARMUP), "--tokens", str(case.longest)),
+        *("--rank", str(work.rank), "--lr", str(work.lr), "--reward", "vowels" if case.is_random else "digits"),
+        *("--dtype", resolve_dtype(RunSettings())),
+    ]
+
+
+def last_line(command: Sequence[str]) -> Run:
+    """Run it; what it prints last, as JSON."""
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: Run = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
+    return found
+
+
+def run_trl_async(case: Case, model: Path, scratch: Path) -> Run:
+    """One run of TRL's asynchronous trainer; what its server does all the time it does not say."""
+    work, max_staleness = case.workload, 2
+    # Different tokens of a step; a prompt has about 40.
+    num_tokens = case.num_groups * (GROUP_SIZE * work.num_tokens + PROMPT_ROOM // 2)
+    passes = -(-num_tokens // work.microbatch)
+    found = last_line(
+        [
+            *(sys.executable, str(HERE / "trl_async_baseline.py"), *trl_options(case, model, scratch)),
+            *("--passes", str(passes), "--budget", str(-(-num_tokens // passes))),
+            *("--max_model_len", str(PROMPT_ROOM + case.longest), "--kv_cache_gib", str(work.kv_cache_gib)),
+            *("--max_staleness", str(max_staleness)),
+            *("--in_flight", str((1 + max_staleness) * case.num_groups * GROUP_SIZE)),
+        ]
+    )
+    steps = found["steps"]
+    total = {key: sum(step[key] for step in steps) for key in steps[0]}
+    age = fmean(step["staleness"] for step in steps)
+    return {
+        "seconds": total["seconds"],
+        "num_samples": total["samples"],
+        "num_generated": total["num_sampled"],
+        "num_trained": total["num_computed"],
+        "mean_length": total["num_sampled"] / total["samples"],
+        "overlap_efficiency": None,
+        "engine_idle": None,
+        "trainer_idle": 1 - total["training"] / total["seconds"],
+        "staleness": {f"{age:.1f} in the mean": total["samples"]},
+        "rewards": found["rewards"],
+    }
+
+
 def run_trl(case: Case, system: str, model: Path, scratch: Path) -> Run:
     """One run of TRL, and the same figures of it: one phase comes after the other."""
-    work, prompts, arithmetic = case.workload, scratch / "prompts.json", Arithmetic()
-    prompts.write_text(json.dumps([arithmetic.messages(arithmetic.task(i)) for i in range(len(arithmetic))]))
+    work = case.workload
     of_rank = work.groups * GROUP_SIZE
     fitting = min(of_rank, max(1, work.microbatch // (PROMPT_ROOM // 2 + case.longest)))
     microbatch = next(size for size in range(fitting, 0, -1) if of_rank % size == 0)
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(case.num_gpus)]
     command = [sys.executable, *(several if case.num_gpus > 1 else []), str(HERE / "trl_baseline.py")]
-    command += ["--model", str(model), "--prompts", str(prompts), "--generation", "vllm", TRL[system]]
-    command += ["--steps", str(case.num_steps), "--warmup", str(WARMUP), "--groups", str(case.num_groups)]
-    command += ["--tokens", str(case.longest), "--microbatch", str(microbatch), "--rank", str(work.rank)]
-    command += ["--lr", str(work.lr), "--reward", "vowels" if case.is_random else "digits"]
-    command += ["--dtype", resolve_dtype(RunSettings()), *([] if case.lengths == "fixed" else ["--ends"])]
+    command += [*trl_options(case, model, scratch), "--generation", "vllm", TRL[system]]
+    command += ["--microbatch", str(microbatch), *([] if case.lengths == "fixed" else ["--ends"])]
     # On GPUs, where products in fp32 are slow: PEFT keeps the adapter in fp32.
     command += ["--autocast"] if case.num_gpus else []
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
+    found = last_line(command)
     share = {part: value / sum(found["seconds"].values()) for part, value in found["seconds"].items()}
     training = sum(share.get(part, 0.0) for part in ("recompute", "forward_backward", "optimizer"))
     batches, num_samples = found["batches"], case.num_groups * GROUP_SIZE * case.num_steps
@@ -226,7 +284,7 @@ def num_computed(system: str, run: Run) -> float:
     """Tokens in forward and backward passes."""
     sampled = run["num_samples"] * run["mean_length"]
     prompts = run["num_trained"] - sampled
-    return float(run["num_trained"] if system in TRL else sampled - run["num_samples"] + prompts / GROUP_SIZE)
+    return float(run["num_trained"] if system not in RLLOOP else sampled - run["num_samples"] + prompts / GROUP_SIZE)
 
 
 def rates(case: Case, runs: Mapping[str, list[Run]]) -> Iterator[dict[str, Cell]]:
@@ -237,7 +295,7 @@ def rates(case: Case, runs: Mapping[str, list[Run]]) -> Iterator[dict[str, Cell]
 
     for system, repeats in runs.items():
         flops = 4 * repeats[0]["num_parameters"] * median(num_computed(system, run) / run["seconds"] for run in repeats)
-        others = ("trl", "trl_uncorrected", "sync_colocated", "sync_split")
+        others = ("trl", "trl_uncorrected", "trl_async", "sync_colocated", "sync_split")
         yield {
             "system": system,
             "samples/s": rate(system),
@@ -259,7 +317,12 @@ def uses(case: Case, runs: Mapping[str, list[Run]]) -> Iterator[dict[str, Cell]]
         shares = ("overlap_efficiency", "engine_idle", "trainer_idle")
         yield {
             "system": system,
-            **{each.replace("_", " "): f"{fmean(run[each] for run in repeats):.0%}" for each in shares},
+            **{
+                each.replace("_", " "): None
+                if repeats[0][each] is None
+                else f"{fmean(run[each] for run in repeats):.0%}"
+                for each in shares
+            },
             "staleness": ", ".join(f"{age}: {number / ages.total():.0%}" for age, number in sorted(ages.items())),
             "reward, first 3 steps": fmean(value for run in repeats for value in run["rewards"][:3]),
             "last 3": fmean(value for run in repeats for value in run["rewards"][measured][-3:]),
@@ -270,7 +333,7 @@ def tabulate(report: Report, kept: Sequence[Run]) -> None:
     """Two tables a case; runs with other flags have their own."""
     for case, flags in [json.loads(key) for key in dict.fromkeys(json.dumps([r["case"], r["flags"]]) for r in kept)]:
         of_case = [run for run in kept if (run["case"], run["flags"]) == (case, flags)]
-        found = {each: [run for run in of_case if run["system"] == each] for each in (*RLLOOP, *TRL)}
+        found = {each: [run for run in of_case if run["system"] == each] for each in SYSTEMS}
         runs, of = {system: repeats for system, repeats in found.items() if repeats}, Case(**case)
         title = " ".join([f"{of.model}, {of.num_gpus or 'no'} GPUs, {of.lengths} lengths", *flags])
         work = f"{of.num_groups} x {GROUP_SIZE} samples a step, up to {of.longest} tokens, {of.num_steps} steps"
@@ -284,7 +347,7 @@ def main() -> None:
     parser.add_argument("--model", default="SmolLM2-135M-Instruct")
     parser.add_argument("--shapes", nargs="*", default=[], choices=list(SHAPES), help="instead of --model")
     parser.add_argument("--lengths", nargs="+", default=list(LENGTHS), choices=LENGTHS)
-    parser.add_argument("--systems", nargs="*", default=[*RLLOOP, *TRL], choices=[*RLLOOP, *TRL])
+    parser.add_argument("--systems", nargs="*", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--gpus", type=int, default=len(visible_gpus()), help="the first so many that are visible")
     parser.add_argument("--steps", type=int, default=12, help="measured; fixed lengths come in waves of three steps")
     parser.add_argument("--repeats", type=int, default=1)
@@ -306,10 +369,12 @@ def main() -> None:
                     continue
                 model = prepare_model(case, options.model, scratch)
                 try:
-                    if system in TRL:
+                    if system in RLLOOP:
+                        found = run_ours(case, system, model, scratch, flags)
+                    elif system in TRL:
                         found = run_trl(case, system, model, scratch)
                     else:
-                        found = run_ours(case, system, model, scratch, flags)
+                        found = run_trl_async(case, model, scratch)
                 except subprocess.CalledProcessError as error:
                     report.line(f"{name}, {lengths}, {system}: ended with {error.returncode}")
                     continue

@@ -262,12 +262,9 @@ def _room_for_weights(settings: RunSettings) -> float:
 
 
 def _kv_cache_gib(settings: RunSettings, placement: Placement) -> int | None:
-    """Half of an engine's share, where it has others beside it: what they take while it starts, vLLM would count as its own. With
-    only a trainer there, a share that is given is vLLM's to divide."""
-    engine = settings.engine
-    beside_trainer = not {*placement.engine_gpus}.isdisjoint(placement.trainer_gpus)
-    is_vllms = not beside_trainer or engine.gpu_memory_utilization is not None
-    if engine.kv_cache_gib is not None or (settings.placement.engines_a_gpu == 1 and is_vllms):
+    """Half of an engine's share, where it has others beside it: what they take while it starts, vLLM would count as its own."""
+    is_alone = {*placement.engine_gpus}.isdisjoint(placement.trainer_gpus) and settings.placement.engines_a_gpu == 1
+    if settings.engine.kv_cache_gib is not None or is_alone:
         return None
     return max(1, int(gpu_bytes() * _memory_share(settings) / 2) >> 30)
 

@@ -327,7 +327,7 @@ def test_an_engine_gets_as_many_gpus_as_its_weights_need(tmp_path: Path, num_gig
         ({"engines_a_gpu": 2}, {}, 16),  # 80 GB x 0.9 / 2 / 2
         ({"colocate": True, "engines_a_gpu": 2}, {}, 7),
         ({"colocate": True, "engine_gpus": "0", "trainer_gpus": "1"}, {}, None),
-        ({"colocate": True}, {"gpu_memory_utilization": 0.5}, None),
+        ({"colocate": True}, {"gpu_memory_utilization": 0.5}, 18),  # 80 GB x 0.5 / 2
         ({"engines_a_gpu": 2}, {"gpu_memory_utilization": 0.45}, 16),  # 80 GB x 0.45 / 2
         ({"colocate": True}, {"kv_cache_gib": 3}, None),
     ],

@@ -37,6 +37,7 @@ def make_scheduler(vllm_config: Any, **arguments: Any) -> Any:
     base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     scheduler: Any = type(base.__name__, (HoldsOutputs, base), {})(vllm_config=vllm_config, **arguments)
     scheduler.tally = Tally(os.environ[TALLY])
+    scheduler.begins_together = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
     _skip_open_blocks(scheduler)
     return scheduler
 
@@ -73,13 +74,14 @@ class HoldsOutputs:
     waiting: Any
     max_num_running_reqs: int
     tally: Tally
+    begins_together = False
     _num_held_steps = 0
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
-        """vLLM's, which can leave prompts to a later step, but with engines that step together in mind, and not where all seats
-        are taken: here one that ends makes room for the next, in nearly every step."""
+        """vLLM's, which can leave prompts to a later step, but does so with engines that step together in mind, and not where all
+        seats are taken. There one that ends makes room for the next, so nearly every step would have a prompt."""
         num_beginning = min(len(self.waiting), self.max_num_running_reqs - len(self.running))
-        are_few = 0 < num_beginning < len(self.running) // BEGIN_TOGETHER
+        are_few = self.begins_together and 0 < num_beginning < len(self.running) // BEGIN_TOGETHER
         if are_few and self._num_held_steps < LONGEST_WAIT and not any(each.is_prefill_chunk for each in self.running):
             self._num_held_steps += 1
             self.prefill_capacity_bound = False

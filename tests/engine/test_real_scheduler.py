@@ -147,12 +147,19 @@ def test_every_token_lies_where_vllm_would_put_it(
 class Driver:
     """A scheduler, step by step, as its engine calls it."""
 
-    def __init__(self, model: Path, seats: int, budget: int = 2048) -> None:
+    def __init__(self, model: Path, seats: int, *, is_async: bool, budget: int = 2048, has_graphs: bool = True) -> None:
+        from vllm.config import CUDAGraphMode
+
         self._tally = Tally()
+        config = make_config(model, 2000, budget, is_async, seats)
+        if has_graphs:
+            config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(TALLY, self._tally.location)
-            self.scheduler = start(make_config(model, 2000, budget, False, seats), make_scheduler)
+            self.scheduler = start(config, make_scheduler)
         self._num_added = 0
+        self._num_ahead = int(is_async)
+        self._running = deque[Any]()
 
     def add(self, number: int, max_tokens: int = 200, prompt: int = 4) -> None:
         for _ in range(number):
@@ -165,13 +172,19 @@ class Driver:
         begin = []
         for _ in range(number):
             scheduled = self.scheduler.schedule()
-            self.scheduler.update_from_output(scheduled, sampled(scheduled, self.scheduler))
+            self._running.append((scheduled, sampled(scheduled, self.scheduler)))
+            if len(self._running) > self._num_ahead:
+                self.scheduler.update_from_output(*self._running.popleft())
             begin.append(len(scheduled.scheduled_new_reqs))
         return begin
 
 
-def test_few_requests_wait_for_others_to_begin_with(tiny_llama: Path) -> None:
-    driver = Driver(tiny_llama, seats=100)
+either = pytest.mark.parametrize("is_async", [False, True])
+
+
+@either
+def test_few_requests_wait_for_others_to_begin_with(is_async: bool, tiny_llama: Path) -> None:
+    driver = Driver(tiny_llama, seats=100, is_async=is_async)
     driver.add(48)
     assert driver.steps(2) == [48, 0]  # nobody runs whom a prompt would hold up
     driver.add(1)
@@ -184,9 +197,10 @@ def test_few_requests_wait_for_others_to_begin_with(tiny_llama: Path) -> None:
     assert driver.steps(9) == [*[0] * 8, 1]  # counted anew
 
 
-def test_seats_are_taken_several_at_once(tiny_llama: Path) -> None:
+@either
+def test_seats_are_taken_several_at_once(is_async: bool, tiny_llama: Path) -> None:
     """More wait than there is room for, and one of those that run ends in each step."""
-    driver = Driver(tiny_llama, seats=64)
+    driver = Driver(tiny_llama, seats=64, is_async=is_async)
     for length in range(1, 65):
         driver.add(1, max_tokens=10 + length)
     driver.steps(10)
@@ -196,14 +210,23 @@ def test_seats_are_taken_several_at_once(tiny_llama: Path) -> None:
     assert {number for number in begin if number} == {3}  # of the 61 that run, when three seats are free
 
 
-def test_where_few_run_or_a_prompt_is_computed_anyway_none_waits(tiny_llama: Path) -> None:
-    few = Driver(tiny_llama, seats=64)
+@either
+def test_where_few_run_or_a_prompt_is_computed_anyway_none_waits(is_async: bool, tiny_llama: Path) -> None:
+    few = Driver(tiny_llama, seats=64, is_async=is_async)
     few.add(31)
     few.steps(1)
     few.add(1)
     assert few.steps(1) == [1]
-    in_parts = Driver(tiny_llama, seats=100, budget=100)
+    in_parts = Driver(tiny_llama, seats=100, is_async=is_async, budget=100)
     in_parts.add(48)
     in_parts.steps(3)
     in_parts.add(3, prompt=100)
     assert in_parts.steps(2) == [1, 1]  # where the first one's prompt goes on
+
+
+def test_without_graphs_none_waits(tiny_llama: Path) -> None:
+    driver = Driver(tiny_llama, seats=100, is_async=False, has_graphs=False)
+    driver.add(48)
+    driver.steps(1)
+    driver.add(1)
+    assert driver.steps(1) == [1]

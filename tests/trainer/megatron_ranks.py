@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from rlloop.trainer import TokenBatch
 from rlloop.trainer.ranks import RankContext, Ranks, RankSpec
+from rlloop.types import Sample
 
 
 class Writer:
@@ -94,6 +97,24 @@ class ShowingRank:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rank, name)
+
+    def count_compiled(self, name: str, batches: Sequence[Sequence[Sample]]) -> int:
+        """Functions that are compiled, as they would be on a GPU, in batches after a warm-up."""
+        from rlloop.trainer import head
+        from rlloop.trainer.megatron import layer
+
+        compiled = cache(partial(torch.compile, backend="eager"))
+        found = torch._dynamo.utils.counters["stats"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layer, "_segment", lambda function, _: compiled(function))
+            patch.setattr(head, "_on_device", lambda function, _: compiled(function))
+            self._rank.warm_up(name)
+            before = found["unique_graphs"]
+            assert before > 5
+            for samples in batches:
+                self._rank.logprobs(name, samples)
+                self._rank.forward_backward(name, samples, surrogate)
+        return found["unique_graphs"] - before
 
     def with_dropout(self) -> list[dict[str, tuple[Tensor, Tensor]]]:
         """Of a column layer and a row layer: what it computes, and what autograd makes of the same formula and mask."""

@@ -319,7 +319,7 @@ def test_layers_that_run_twice_drop_the_same(run: RunTrainer, folders: dict[str,
     assert relative(*found) <= 1e-5
 
 
-@pytest.mark.parametrize("layout", ["1x1", "DP2", "TP2xPP2", "PP2, interleaved"])
+@pytest.mark.parametrize("layout", ["1x1", "TP2xPP2"])
 def test_a_warm_up_leaves_nothing(
     run: RunTrainer, folders: dict[str, Path], samples: list[Sample], layout: str
 ) -> None:
@@ -340,6 +340,22 @@ def test_a_warm_up_leaves_nothing(
         trainer = make_trainer(folders["qwen2"], LAYOUTS[layout])
         run(trainer, partial(train, trainer, warm_up))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"), [("qwen2", "1x1"), ("qwen3", "TP2, sequence parallel"), ("qwen2", "PP2, interleaved")]
+)
+def test_after_a_warm_up_nothing_is_left_to_compile(
+    run: RunTrainer, folders: dict[str, Path], samples: list[Sample], model: str, layout: str
+) -> None:
+    trainer = make_trainer(folders[model], LAYOUTS[layout], ShowingTrainer)
+
+    async def train() -> None:
+        await trainer.create_adapter("policy", LORA)
+        batches = [samples[:1], samples[:3], samples[:8], samples[2:5]]
+        assert await trainer._ranks.call("count_compiled", "policy", batches) == 0
+
+    run(trainer, train)
 
 
 def assert_same(found: Life, expected: Life) -> None:

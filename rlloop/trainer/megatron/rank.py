@@ -8,6 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,8 @@ class MegatronRank:
         self._folder = arguments.model
         self._dtype: torch.dtype = getattr(torch, arguments.dtype)
         parallel = settings.megatron
+        # Beyond so many kinds of calls a compiled function would run eagerly from then on.
+        torch._dynamo.config.recompile_limit = 64
         self._groups = start_groups(parallel, context.rank, context.num_ranks, address, arguments.seed)
         recompute = settings.gradient_checkpointing
         self._model = build_model(arguments.model, parallel, self._groups, self._dtype, recompute=recompute)
@@ -81,7 +84,7 @@ class MegatronRank:
             self._is_warm = True
 
     def warm_up(self, name: str) -> None:
-        """Compute gradients of nothing; adapter and random state stay as they are.
+        """Compute a gradient and logprobs, and forget them; the random state stays as it is.
 
         Torch compiles for one size when it meets a function first, and for any at the second, together half a minute. Here
         engines start meanwhile. The sizes are large enough for kernels that are made for many tokens.
@@ -90,15 +93,17 @@ class MegatronRank:
         devices = [self._groups.device] if self._groups.device.type == "cuda" else []
         self._activate(name)
         with gradient_discarded_on_error(adapter.discard_gradient), torch.random.fork_rng(devices):
-            for samples in (_blank_samples(num_tokens), _blank_samples(num_tokens // 2)):
-                self._schedule.run(  # the same on every rank
-                    pack(samples, num_tokens),
-                    Columns(samples),
-                    lambda outputs, *_: outputs.sum() * 0,
-                    adapter=adapter,
-                    backward=True,
-                    before_each=_nothing,
-                )
+            for backward, size in product((True, False), (num_tokens, num_tokens // 2)):
+                samples = _blank_samples(size)
+                with torch.set_grad_enabled(backward):
+                    self._schedule.run(  # the same on every rank
+                        pack(samples, num_tokens),
+                        Columns(samples),
+                        lambda outputs, *_: outputs.sum(),
+                        adapter=adapter,
+                        backward=backward,
+                        before_each=self._check_interrupt,
+                    )
         adapter.discard_gradient()
         self._trace.flush()
 
@@ -229,16 +234,19 @@ class MegatronRank:
         if any(self._groups.gather(self._context.is_interrupted)):
             raise Interrupted("the trainer's call was interrupted")
         microbatches = pack(samples, self._settings.max_tokens_per_microbatch)
-        # Several ranks would have to agree on where to stop: they go on to the end of the call.
-        check = self._context.check_interrupt if self._context.num_ranks == 1 else _nothing
         self._schedule.run(
             _share(microbatches, self._groups.dp_rank, self._groups.dp_size),
             columns,
             on_outputs,
             adapter=None if self._active is None else self._adapters[self._active],
             backward=backward,
-            before_each=check,
+            before_each=self._check_interrupt,
         )
+
+    def _check_interrupt(self) -> None:
+        """Several ranks would have to agree on where to stop: they go on to the end of the call."""
+        if self._context.num_ranks == 1:
+            self._context.check_interrupt()
 
     def _get(self, name: str, head: Head | None = None) -> Adapter:
         return get_adapter(self._adapters, name, head)
@@ -257,10 +265,6 @@ class MegatronRank:
         else:
             self._get(name).activate(self._model.layers)
         self._active, self._is_switching = name, False
-
-
-def _nothing() -> None:
-    pass
 
 
 def _blank_samples(num_tokens: int) -> list[Sample]:
