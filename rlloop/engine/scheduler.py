@@ -35,7 +35,7 @@ def make_scheduler(vllm_config: Any, **arguments: Any) -> Any:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
-    scheduler: Any = type(base.__name__, (HoldsOutputs, base), {})(vllm_config=vllm_config, **arguments)
+    scheduler: Any = type(base.__name__, (LeanScheduler, base), {})(vllm_config=vllm_config, **arguments)
     scheduler.tally = Tally(os.environ[TALLY])
     scheduler.begins_together = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
     _skip_open_blocks(scheduler)
@@ -66,7 +66,7 @@ def _skip_open_blocks(scheduler: Any) -> None:
     manager.allocate_slots, manager.cache_blocks = allocate_slots, cache_blocks
 
 
-class HoldsOutputs:
+class LeanScheduler:
     """Mixed into a scheduler."""
 
     requests: dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from rlloop.engine.scheduler import OUTPUTS_AT_THE_END, HoldsOutputs
+from rlloop.engine.scheduler import OUTPUTS_AT_THE_END, LeanScheduler
 from rlloop.engine.tally import Tally
 
 
@@ -58,7 +58,7 @@ class FakeScheduler:
         return {0: SimpleNamespace(outputs=outputs, scheduler_stats=load, finished_requests=None)}
 
 
-class Scheduler(HoldsOutputs, FakeScheduler):
+class Scheduler(LeanScheduler, FakeScheduler):
     pass
 
 
