@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,16 @@ def occupy_slot(manager: Any, slot: int, adapter_id: int) -> None:
     manager._active_adapters[adapter_id] = None
     manager.lora_index_to_id[slot] = adapter_id
     manager.pin_adapter(adapter_id)
+
+
+def warm_up_as_asked() -> None:
+    """Of vLLM's kernels for sampling a worker compiles those that rlloop's requests use. The one for top-k and top-p takes some
+    ten seconds. What is asked for nevertheless is compiled then."""
+    from vllm import SamplingParams
+
+    # Of 1 a temperature is left out.
+    asked = partial(SamplingParams, temperature=0.9, seed=0, logprobs=0, flat_logprobs=True)
+    SamplingParams.for_sampler_warmup = staticmethod(asked)
 
 
 def num_sampled_tokens(model_runner: Any) -> dict[str, int]:

@@ -24,6 +24,8 @@ from rlloop.refit.transports import split
 from rlloop.refit.whole import Whole
 from rlloop.types import RefitForm
 
+vllm_compat.warm_up_as_asked()  # here, for vLLM imports this into each worker before it warms up
+
 
 class LoraRefit:
     """Methods are prefixed, because an attribute that vLLM's worker has already trips an assertion."""

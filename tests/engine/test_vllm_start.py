@@ -13,7 +13,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from rlloop.engine import vllm_start
+from rlloop.engine import vllm_compat, vllm_start
 from rlloop.engine.vllm_start import start_llm
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]  # of vLLM
@@ -133,3 +133,13 @@ def test_what_is_cancelled_before_it_spawns_spawns_nothing(monkeypatch: pytest.M
     anyio.run(run)
     assert spawned.processes == {}
     check_nothing_is_left(spawned)
+
+
+def test_workers_warm_up_for_what_requests_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import SamplingParams
+
+    monkeypatch.setattr(SamplingParams, "for_sampler_warmup", SamplingParams.for_sampler_warmup)  # and back
+    assert SamplingParams.for_sampler_warmup().top_k > 0
+    vllm_compat.warm_up_as_asked()
+    asked = SamplingParams.for_sampler_warmup()
+    assert (asked.top_k, asked.top_p, asked.repetition_penalty, asked.logprobs) == (0, 1.0, 1.0, 0)
