@@ -38,11 +38,18 @@ def occupy_slot(manager: Any, slot: int, adapter_id: int) -> None:
     manager.pin_adapter(adapter_id)
 
 
-def warm_up_as_asked() -> None:
-    """Of vLLM's kernels for sampling a worker compiles those that rlloop's requests use. The one for top-k and top-p takes some
-    ten seconds. What is asked for nevertheless is compiled then."""
-    from vllm import SamplingParams
+def start_with_what_is_used() -> None:
+    """To be called in a worker on a GPU before all else: it records fewer CUDA graphs and compiles fewer kernels than vLLM would.
 
+    Where there are adapters each request has one, so half of the graphs, which are of steps without any, would never be used.
+    And of the kernels for sampling the one for top-k and top-p takes some ten seconds. What is asked for nevertheless is
+    launched without a graph, or compiled then.
+    """
+    from vllm import SamplingParams
+    from vllm.v1.worker.gpu import model_runner
+
+    numbers_of_adapters = model_runner.get_lora_capture_cases
+    model_runner.get_lora_capture_cases = lambda *of: [each for each in numbers_of_adapters(*of) if each] or [0]
     # Of 1 a temperature is left out.
     asked = partial(SamplingParams, temperature=0.9, seed=0, logprobs=0, flat_logprobs=True)
     SamplingParams.for_sampler_warmup = staticmethod(asked)

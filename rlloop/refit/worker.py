@@ -24,7 +24,8 @@ from rlloop.refit.transports import split
 from rlloop.refit.whole import Whole
 from rlloop.types import RefitForm
 
-vllm_compat.warm_up_as_asked()  # here, for vLLM imports this into each worker before it warms up
+if torch.cuda.is_available():
+    vllm_compat.start_with_what_is_used()  # here, for vLLM imports this into each worker before all else
 
 
 class LoraRefit:

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -135,11 +136,17 @@ def test_what_is_cancelled_before_it_spawns_spawns_nothing(monkeypatch: pytest.M
     check_nothing_is_left(spawned)
 
 
-def test_workers_warm_up_for_what_requests_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_start_with_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm import SamplingParams
+    from vllm.v1.worker.gpu import model_runner
 
-    monkeypatch.setattr(SamplingParams, "for_sampler_warmup", SamplingParams.for_sampler_warmup)  # and back
+    lora, compilation = SimpleNamespace(max_loras=3), SimpleNamespace(cudagraph_specialize_lora=True)
+    for owner, name in ((SamplingParams, "for_sampler_warmup"), (model_runner, "get_lora_capture_cases")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # and back
     assert SamplingParams.for_sampler_warmup().top_k > 0
-    vllm_compat.warm_up_as_asked()
+    assert model_runner.get_lora_capture_cases(lora, compilation) == [0, 4]
+    vllm_compat.start_with_what_is_used()
     asked = SamplingParams.for_sampler_warmup()
     assert (asked.top_k, asked.top_p, asked.repetition_penalty, asked.logprobs) == (0, 1.0, 1.0, 0)
+    assert model_runner.get_lora_capture_cases(lora, compilation) == [4]
+    assert model_runner.get_lora_capture_cases(None, compilation) == [0]
