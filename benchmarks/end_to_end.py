@@ -12,8 +12,7 @@
     trl              TRL's GRPOTrainer with vLLM beside it on every GPU, tuned as trl_baseline.py says; corrects for the
                      engine's arithmetic, as rlloop does
     trl_uncorrected  the same without that, which saves it a forward pass
-    trl_async        TRL's AsyncGRPOTrainer, max_staleness 2, on one GPU, and its vLLM server on another, as trl_async_baseline.py
-                     says; on one or two GPUs
+    trl_async        TRL's AsyncGRPOTrainer, and its vLLM server on the other GPU or the same, as trl_async_baseline.py says
 
 Lengths of completions: `fixed`; for random weights `geometric`, with so many end-of-sequence tokens that a completion has in
 the mean as many tokens as a fixed one (vLLM compares every token with each of them: a few microseconds, in all systems);
@@ -22,8 +21,7 @@ for real weights their `own`. Everything else is equal: prompts, rewards, sample
 Every run is a process of its own and kept as it ends, in results/<name>.jsonl; one that is there is not made again. Rates
 are over `--steps` steps, without the first ones, and without the last max_staleness ones, whose samples nothing replaces. MFU is
 over the whole time: 4 N T / (seconds x 790 TFLOP/s x GPUs of the trainer), N all parameters, T the tokens that a trainer
-computes: rlloop's a prompt once for its group, and no sample's last token, trl_async's a prompt once for those in a pass, TRL's
-otherwise whole sequences.
+computes: rlloop's and trl_async's a prompt once for its group, TRL's whole sequences.
 Flags that are not listed below go to `rlloop grpo`: `--refit.form merged`.
 """
 
@@ -33,6 +31,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -211,40 +210,47 @@ def trl_options(case: Case, model: Path, scratch: Path) -> list[str]:
 
 
 def last_line(command: Sequence[str]) -> Run:
-    """Run it; what it prints last, as JSON."""
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    """Run it, with whatever it starts; what it prints last, as JSON."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
+        try:
+            output, _ = child.communicate()
+        except BaseException:
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command)
     found: Run = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
     return found
 
 
 def run_trl_async(case: Case, model: Path, scratch: Path) -> Run:
     """One run of TRL's asynchronous trainer; what its server does all the time it does not say."""
-    work, max_staleness = case.workload, 2
-    # Different tokens of a step; a prompt has about 40.
-    num_tokens = case.num_groups * (GROUP_SIZE * work.num_tokens + PROMPT_ROOM // 2)
-    passes = -(-num_tokens // work.microbatch)
+    work, num_samples = case.workload, case.num_groups * GROUP_SIZE
+    # A prompt has about 40 tokens.
+    passes = case.num_groups * (GROUP_SIZE * work.num_tokens + PROMPT_ROOM // 2) / work.microbatch
+    possible = [number for number in range(1, num_samples + 1) if num_samples % number == 0]
     found = last_line(
         [
             *(sys.executable, str(HERE / "trl_async_baseline.py"), *trl_options(case, model, scratch)),
-            *("--passes", str(passes), "--budget", str(-(-num_tokens // passes))),
+            *("--passes", str(min(possible, key=lambda number: abs(number - passes)))),
             *("--max_model_len", str(PROMPT_ROOM + case.longest), "--kv_cache_gib", str(work.kv_cache_gib)),
-            *("--max_staleness", str(max_staleness)),
-            *("--in_flight", str((1 + max_staleness) * case.num_groups * GROUP_SIZE)),
         ]
     )
     steps = found["steps"]
     total = {key: sum(step[key] for step in steps) for key in steps[0]}
-    age = fmean(step["staleness"] for step in steps)
+    age = fmean(step["age"] for step in steps)
+    dropped = total["dropped"] / (total["samples"] + total["dropped"])
     return {
         "seconds": total["seconds"],
         "num_samples": total["samples"],
         "num_generated": total["num_sampled"],
-        "num_trained": total["num_computed"],
+        "num_trained": total["num_whole"],
+        "num_computed": total["num_computed"],
         "mean_length": total["num_sampled"] / total["samples"],
         "overlap_efficiency": None,
         "engine_idle": None,
         "trainer_idle": 1 - total["training"] / total["seconds"],
-        "staleness": {f"{age:.1f} in the mean": total["samples"]},
+        "staleness": {f"{age:.1f} in the mean, {dropped:.0%} dropped": total["samples"]},
         "rewards": found["rewards"],
     }
 
@@ -282,9 +288,11 @@ def run_trl(case: Case, system: str, model: Path, scratch: Path) -> Run:
 
 def num_computed(system: str, run: Run) -> float:
     """Tokens in forward and backward passes."""
+    if "num_computed" in run:
+        return float(run["num_computed"])
     sampled = run["num_samples"] * run["mean_length"]
     prompts = run["num_trained"] - sampled
-    return float(run["num_trained"] if system not in RLLOOP else sampled - run["num_samples"] + prompts / GROUP_SIZE)
+    return float(run["num_trained"] if system in TRL else sampled - run["num_samples"] + prompts / GROUP_SIZE)
 
 
 def rates(case: Case, runs: Mapping[str, list[Run]]) -> Iterator[dict[str, Cell]]:
@@ -358,7 +366,9 @@ def main() -> None:
     path = RESULTS / f"{options.name}.jsonl"
     path.parent.mkdir(exist_ok=True)
     kept: list[Run] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    systems = [each for each in options.systems if len(gpus) > 1 or not is_split(each)]
+    impossible = {"trl_async"} if len(gpus) > 2 else set() if len(gpus) == 2 else {"async_split", "sync_split"}
+    systems = [each for each in options.systems if each not in impossible]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs ends, too
     for name in options.shapes or [Path(options.model).name]:
         chosen = [each for each in options.lengths if each != ("own" if name in SHAPES else "geometric")]
         with tempfile.TemporaryDirectory(dir="/dev/shm" if gpus else None) as folder:

@@ -4,12 +4,14 @@
 
 The server has the first of the visible GPUs, the trainer the last; a single one they share. New adapters go to the server as
 files, in TRL's way, and each request names its own. Prints one line of JSON: of each step the seconds, those in which it
-trained, samples, and tokens: those sampled, and those computed, a prompt once for the samples that share a pass.
+trained, samples, and tokens: those sampled, those of whole sequences, and those computed, a prompt once for the samples that
+share a pass. Age, reward and what was dropped are of the passes that TRL had fetched by then, one ahead.
 
-Tuned against the defaults of TRL 1.16: frozen weights in bfloat16 (fp32), no gradient checkpointing (on), passes of as many
-tokens as rlloop's (the server's max_model_len), as many requests in flight, a queue of two steps. Its attention is a kernel from
-the hub, FlashAttention 3. torch's FlashAttention 2 stands in for it, as machines without network need: slower in attention,
-a few percent of the work of these shapes. On a CPU, to rehearse, plain attention does.
+Tuned against the defaults of TRL 1.16: frozen weights in bfloat16 (fp32), no gradient checkpointing (on), passes of so many
+samples that they have as many tokens as rlloop's, a queue of one step (1,024 samples). As by default two steps are in flight,
+beside that queue, where rlloop counts both together, and what is more than four versions old is dropped, where rlloop corrects
+for its age. Its attention is a kernel from the hub, FlashAttention 3. torch's FlashAttention 2 stands in for it, as machines
+without network need: slower in attention, a few percent of the work of these shapes. On a CPU, to rehearse, plain attention.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +54,7 @@ def serving(options: argparse.Namespace, log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    slots = str(options.max_staleness + 2)
+    slots = "10"  # as rlloop has; TRL asks for two more than its max_staleness
     command = [
         sys.executable,
         "-m",
@@ -72,11 +75,23 @@ def serving(options: argparse.Namespace, log: Path) -> Iterator[str]:
     flags |= {"CUDA_VISIBLE_DEVICES": GPUS[0]} if GPUS else {}
     with log.open("w") as output:
         server = subprocess.Popen(command, env={**os.environ, **flags}, stdout=output, stderr=output)
+        is_over = threading.Event()
+
+        def watch() -> None:
+            server.wait()
+            if not is_over.is_set():  # TRL would ask it for minutes
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=watch, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
+            is_over.set()
             server.terminate()
-            server.wait(60)
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
 
 
 def attend(
@@ -117,16 +132,17 @@ def build_trainer(options: argparse.Namespace, address: str, output_dir: str) ->
         bf16=torch.cuda.is_available(),
         dtype=options.dtype,
         gradient_checkpointing=False,
-        token_budget=options.budget,
+        token_budget=-1,
+        per_device_train_batch_size=options.groups * GROUP_SIZE // options.passes,
         gradient_accumulation_steps=options.passes,
         num_generations=GROUP_SIZE,
         max_completion_length=options.tokens,
         temperature=1.0,
         learning_rate=options.lr,
         max_steps=options.warmup + options.steps,
-        max_staleness=options.max_staleness,
-        max_inflight_tasks=options.in_flight,
-        queue_maxsize=2 * options.groups * GROUP_SIZE,
+        max_staleness=4,
+        max_inflight_tasks=2 * options.groups * GROUP_SIZE,
+        queue_maxsize=options.groups * GROUP_SIZE,
         vllm_server_base_url=address,
         vllm_server_timeout=600.0,
         save_strategy="no",
@@ -146,10 +162,19 @@ def build_trainer(options: argparse.Namespace, address: str, output_dir: str) ->
 
 def measure(trainer: Any) -> list[dict[str, float]]:
     """Train; what each step was."""
+    import torch
     from transformers import TrainerCallback
 
     steps: list[dict[str, float]] = []
-    ends = [0.0]
+    ends, training, run_pass = [0.0], [0.0], trainer.training_step
+
+    def timed_pass(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        result = run_pass(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        training[0] += time.perf_counter() - started
+        return result
 
     class Steps(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -158,21 +183,24 @@ def measure(trainer: Any) -> list[dict[str, float]]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
             metrics = trainer._metrics["train"]
-            computed = metrics["batch/forwarded_tokens_per_step"][-1]
+            samples = round(metrics["batch/samples_per_step"][-1])
             steps.append(
                 {
                     "seconds": ends[-1] - ends[-2],
-                    "training": metrics["perf/fwd_bwd_s"][-1] + metrics["perf/optimizer_s"][-1],
-                    "samples": round(metrics["batch/samples_per_step"][-1]),
+                    "training": training[0] + metrics["perf/optimizer_s"][-1],
+                    "samples": samples,
                     "num_sampled": metrics["batch/trained_tokens_per_step"][-1],
-                    "num_computed": computed,
+                    "num_whole": samples * statistics.fmean(metrics["sample/forwarded_tokens_mean"]),
+                    "num_computed": metrics["batch/forwarded_tokens_per_step"][-1],
                     "reward": statistics.fmean(metrics["reward"]),
-                    "staleness": statistics.fmean(metrics["sample/staleness_mean"]),
+                    "age": statistics.fmean(metrics["sample/staleness_mean"]),
                     "dropped": sum(metrics["sample/dropped_stale_total"]),
                 }
             )
-            trainer._metrics["train"].clear()
+            metrics.clear()
+            training[0] = 0.0
 
+    trainer.training_step = timed_pass
     trainer.add_callback(Steps())
     trainer.train()
     return steps
@@ -186,10 +214,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2, help="steps before those")
     parser.add_argument("--groups", type=int, default=4, help="prompts of a step")
     parser.add_argument("--tokens", type=int, default=24, help="of a completion, at most")
-    parser.add_argument("--passes", type=int, default=1, help="forward and backward passes of a step")
-    parser.add_argument("--budget", type=int, default=2048, help="different tokens of a pass")
-    parser.add_argument("--max_staleness", type=int, default=2)
-    parser.add_argument("--in_flight", type=int, default=96, help="requests")
+    parser.add_argument(
+        "--passes", type=int, default=1, help="forward and backward passes of a step; divides its samples"
+    )
     parser.add_argument("--max_model_len", type=int, default=512)
     parser.add_argument("--kv_cache_gib", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)

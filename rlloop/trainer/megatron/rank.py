@@ -45,7 +45,7 @@ class MegatronRank:
         self._folder = arguments.model
         self._dtype: torch.dtype = getattr(torch, arguments.dtype)
         parallel = settings.megatron
-        # Beyond so many kinds of calls a compiled function would run eagerly from then on.
+        # Of kinds of calls, beyond which a compiled function runs eagerly; by size and place in a pipeline they come near eight.
         torch._dynamo.config.recompile_limit = 64
         self._groups = start_groups(parallel, context.rank, context.num_ranks, address, arguments.seed)
         recompute = settings.gradient_checkpointing
@@ -80,7 +80,11 @@ class MegatronRank:
         hidden_size = self._model.config.hidden_size
         self._adapters[name] = Adapter(lora, head, self._model.layers, hidden_size, self._groups, self._dtype)
         if self._groups.device.type == "cuda" and not self._is_warm:
-            self.warm_up(name)
+            try:
+                self.warm_up(name)
+            except Exception:
+                self.remove_adapter(name)
+                raise
             self._is_warm = True
 
     def warm_up(self, name: str) -> None:
