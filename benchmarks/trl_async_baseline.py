@@ -55,15 +55,8 @@ def serving(options: argparse.Namespace, log: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     slots = "10"  # as rlloop has; TRL asks for two more than its max_staleness
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        options.model,
-        "--port",
-        str(port),
-    ]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", options.dtype, "--max-model-len", str(options.max_model_len), "--max-num-seqs", "512"]
     command += ["--enable-lora", "--max-lora-rank", str(options.rank), "--max-loras", slots, "--max-cpu-loras", slots]
     command += ["--disable-uvicorn-access-log", "--no-enable-log-requests"]
