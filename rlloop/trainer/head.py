@@ -12,8 +12,7 @@ Shapes: N tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from rlloop.errors import TrainerError
+from rlloop.trainer.compiling import on_device
 
 _ROWS_PER_PRODUCT = {"cpu": 256, "cuda": 4096}
 _ROWS_PER_SOFTMAX = 8  # on a CPU: the fp32 rows stay in the cache
@@ -92,7 +92,7 @@ def _softmax_shard(
     """As `_softmax_rows`, in two passes over `logits` [N, V / ranks]; -> with
     `needs_grad`, d logprob / d logits. `targets` count from this
     rank's first column; those of other ranks are out of range."""
-    log_sum, chosen = _on_device(_log_sum_exp, logits)(logits, targets, 1 / temperature)
+    log_sum, chosen = on_device(_log_sum_exp, logits)(logits, targets, 1 / temperature)
     if group is not None:
         largest = log_sum.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
@@ -101,9 +101,9 @@ def _softmax_shard(
         log_sum, chosen = largest + sums[0].log(), sums[1]
     gradient = logits
     if needs_grad:
-        gradient, mean_logit = _on_device(_softmax_gradient, logits)(logits, targets, log_sum, 1 / temperature)
+        gradient, mean_logit = on_device(_softmax_gradient, logits)(logits, targets, log_sum, 1 / temperature)
     else:
-        mean_logit = _on_device(_mean_logit, logits)(logits, log_sum, 1 / temperature)
+        mean_logit = on_device(_mean_logit, logits)(logits, log_sum, 1 / temperature)
     if group is not None:
         dist.all_reduce(mean_logit, group=group)
     logprobs.copy_(chosen - log_sum)
@@ -133,16 +133,6 @@ def _mean_logit(logits: Tensor, log_sum: Tensor, inverse_temperature: float) -> 
     """-> this rank's share of the mean logit [N]."""
     scaled = logits.float() * inverse_temperature
     return ((scaled - log_sum[:, None]).exp() * scaled).sum(-1)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
-
-
-def _on_device(function: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
-    """On a GPU, compiled: eagerly each operation reads and writes an fp32 copy of the logits."""
-    return _compiled(function) if tensor.is_cuda else function
 
 
 def token_logprobs(

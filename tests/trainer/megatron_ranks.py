@@ -106,8 +106,8 @@ class ShowingRank:
         compiled = cache(partial(torch.compile, backend="eager"))
         found = torch._dynamo.utils.counters["stats"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layer, "_segment", lambda function, _: compiled(function))
-            patch.setattr(head, "_on_device", lambda function, _: compiled(function))
+            for module in (layer, head):
+                patch.setattr(module, "on_device", lambda function, _: compiled(function))
             self._rank.warm_up(name)
             before = found["unique_graphs"]
             assert before > 5

@@ -13,8 +13,6 @@ size, H / K query / key-value heads of this rank, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from rlloop.errors import TrainerError
 from rlloop.trainer.attention import PackedLayout
+from rlloop.trainer.compiling import on_device
 from rlloop.trainer.flash import FlashLayout
 from rlloop.trainer.megatron import compat  # noqa: F401  (before anything under megatron)
 
@@ -88,7 +87,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]"""
-        return _segment(norm, x)(x, self.weight, self.eps)
+        return on_device(norm, x)(x, self.weight, self.eps)
 
 
 def rotate_by_token(rotary: nn.Module) -> None:
@@ -140,7 +139,7 @@ class FastLayer(TransformerLayer):
         if norms == [None, None]:
             query, key, value = _SplitAndRotate.apply(grouped, *row.rotation)
         else:
-            query, key, value = _segment(split_and_rotate, x)(grouped, *row.rotation, *norms, eps)
+            query, key, value = on_device(split_and_rotate, x)(grouped, *row.rotation, *norms, eps)
         attended = attention.core_attention(query, key, value, packed_seq_params=row)
         x, normed = _Norm.apply(x, attention.linear_proj.product(attended), self.pre_mlp_layernorm.weight, eps)
         x = x + mlp.linear_fc2.product(_SwiGLU.apply(mlp.linear_fc1.product(normed)))
@@ -225,9 +224,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         if y is None:
-            total, normed = x, _segment(norm, x)(x, weight, eps)
+            total, normed = x, on_device(norm, x)(x, weight, eps)
         else:
-            total, normed = _segment(add_norm, x)(x, y, weight, eps)
+            total, normed = on_device(add_norm, x)(x, y, weight, eps)
         ctx.save_for_backward(total, weight)
         ctx.eps, ctx.is_sum = eps, y is not None
         return total, normed
@@ -235,7 +234,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, d_normed: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         total, weight = ctx.saved_tensors
-        dx = _segment(norm_backward, total)(d_total, d_normed, total, weight, ctx.eps)
+        dx = on_device(norm_backward, total)(d_total, d_normed, total, weight, ctx.eps)
         return dx, dx if ctx.is_sum else None, None, None
 
 
@@ -245,7 +244,7 @@ class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grouped: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _segment(split_and_rotate, grouped)(grouped, cos, sin, None, None, 0.0)
+        return on_device(split_and_rotate, grouped)(grouped, cos, sin, None, None, 0.0)
 
     @staticmethod
     def backward(ctx: Any, d_query: Tensor, d_key: Tensor, d_value: Tensor) -> tuple[Tensor, None, None]:
@@ -256,7 +255,7 @@ class _SplitAndRotate(torch.autograd.Function):
         d_grouped = d_query.new_empty(num_tokens, num_groups, d_query.shape[2] + 2, head_size)
         targets = d_grouped[:, :, :-2], d_grouped[:, :, -2]
         halves = [part for target in targets for part in (target[..., :half], target[..., half : 2 * half])]
-        _segment(rotate_back, d_query)(d_query, d_key, cos, sin, *halves)
+        on_device(rotate_back, d_query)(d_query, d_key, cos, sin, *halves)
         for d_rotated, target in zip((d_query, d_key), targets, strict=True):
             target[..., 2 * half :].copy_(d_rotated[..., 2 * half :])
         d_grouped[:, :, -1].copy_(d_value)
@@ -267,21 +266,11 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _segment(swiglu, x)(x)
+        return on_device(swiglu, x)(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
-        _segment(swiglu_backward, x)(dy, x, *dx.chunk(2, dim=-1))
+        on_device(swiglu_backward, x)(dy, x, *dx.chunk(2, dim=-1))
         return dx
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
-
-
-def _segment(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
-    """Compiled on a GPU; on a CPU as it is, where compiling takes longer than it saves."""
-    return _compiled(function) if x.is_cuda else function

@@ -45,8 +45,6 @@ class MegatronRank:
         self._folder = arguments.model
         self._dtype: torch.dtype = getattr(torch, arguments.dtype)
         parallel = settings.megatron
-        # Of kinds of calls, beyond which a compiled function runs eagerly; by size and place in a pipeline they come near eight.
-        torch._dynamo.config.recompile_limit = 64
         self._groups = start_groups(parallel, context.rank, context.num_ranks, address, arguments.seed)
         recompute = settings.gradient_checkpointing
         self._model = build_model(arguments.model, parallel, self._groups, self._dtype, recompute=recompute)
