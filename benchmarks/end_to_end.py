@@ -131,6 +131,11 @@ def is_split(system: str) -> bool:
     return system.endswith("split")
 
 
+def fits(system: str, num_gpus: int) -> bool:
+    """Whether it can use so many."""
+    return num_gpus <= 2 if system == "trl_async" else num_gpus > 1 or not is_split(system)
+
+
 def prepare_model(case: Case, like: str, scratch: Path) -> Path:
     """A folder whose model ends its completions as the case says. Random weights are written once."""
     folder, tokenizer = scratch / "model", Path(resolve_model(like))
@@ -191,18 +196,12 @@ def run_ours(case: Case, system: str, model: Path, scratch: Path, flags: Sequenc
     }
 
 
-def write_prompts(scratch: Path) -> Path:
-    """As chats."""
-    path, arithmetic = scratch / "prompts.json", Arithmetic()
-    path.write_text(json.dumps([arithmetic.messages(arithmetic.task(i)) for i in range(len(arithmetic))]))
-    return path
-
-
 def trl_options(case: Case, model: Path, scratch: Path) -> list[str]:
-    """Of both of TRL's trainers."""
-    work = case.workload
+    """Of both of TRL's trainers. Writes the prompts."""
+    work, prompts, arithmetic = case.workload, scratch / "prompts.json", Arithmetic()
+    prompts.write_text(json.dumps([arithmetic.messages(arithmetic.task(i)) for i in range(len(arithmetic))]))
     return [
-        *("--model", str(model), "--prompts", str(write_prompts(scratch)), "--groups", str(case.num_groups)),
+        *("--model", str(model), "--prompts", str(prompts), "--groups", str(case.num_groups)),
         *("--steps", str(case.num_steps), "--warmup", str(WARMUP), "--tokens", str(case.longest)),
         *("--rank", str(work.rank), "--lr", str(work.lr), "--reward", "vowels" if case.is_random else "digits"),
         *("--dtype", resolve_dtype(RunSettings())),
@@ -322,15 +321,10 @@ def uses(case: Case, runs: Mapping[str, list[Run]]) -> Iterator[dict[str, Cell]]
     measured = slice(WARMUP + case.num_steps)  # an asynchronous run makes a few more
     for system, repeats in runs.items():
         ages: Counter[str] = sum((Counter(run["staleness"]) for run in repeats), Counter())
-        shares = ("overlap_efficiency", "engine_idle", "trainer_idle")
+        shares = {key: [run[key] for run in repeats] for key in ("overlap_efficiency", "engine_idle", "trainer_idle")}
         yield {
             "system": system,
-            **{
-                each.replace("_", " "): None
-                if repeats[0][each] is None
-                else f"{fmean(run[each] for run in repeats):.0%}"
-                for each in shares
-            },
+            **{key.replace("_", " "): None if None in each else f"{fmean(each):.0%}" for key, each in shares.items()},
             "staleness": ", ".join(f"{age}: {number / ages.total():.0%}" for age, number in sorted(ages.items())),
             "reward, first 3 steps": fmean(value for run in repeats for value in run["rewards"][:3]),
             "last 3": fmean(value for run in repeats for value in run["rewards"][measured][-3:]),
@@ -366,8 +360,7 @@ def main() -> None:
     path = RESULTS / f"{options.name}.jsonl"
     path.parent.mkdir(exist_ok=True)
     kept: list[Run] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    impossible = {"trl_async"} if len(gpus) > 2 else set() if len(gpus) == 2 else {"async_split", "sync_split"}
-    systems = [each for each in options.systems if each not in impossible]
+    systems = [each for each in options.systems if fits(each, len(gpus))]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs ends, too
     for name in options.shapes or [Path(options.model).name]:
         chosen = [each for each in options.lengths if each != ("own" if name in SHAPES else "geometric")]

@@ -34,7 +34,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from trl_baseline import GROUP_SIZE, REWARDS
+from trl_baseline import GROUP_SIZE, REWARDS, make_parser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -200,22 +200,12 @@ def measure(trainer: Any) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a Hugging Face model")
-    parser.add_argument("--prompts", type=Path, required=True, help="JSON: a list of chats")
-    parser.add_argument("--steps", type=int, default=10, help="measured steps")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before those")
-    parser.add_argument("--groups", type=int, default=4, help="prompts of a step")
-    parser.add_argument("--tokens", type=int, default=24, help="of a completion, at most")
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--passes", type=int, default=1, help="forward and backward passes of a step; divides its samples"
     )
     parser.add_argument("--max_model_len", type=int, default=512)
     parser.add_argument("--kv_cache_gib", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--reward", choices=list(REWARDS), default="digits")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the frozen weights")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through what ends the server
     with tempfile.TemporaryDirectory() as scratch, serving(options, Path(scratch) / "server.log") as address:

@@ -219,21 +219,27 @@ def measure(trainer: Any) -> tuple[list[dict[str, float]], list[dict[str, float]
     return laps, batches
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """For the options that TRL's asynchronous trainer has, too."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a Hugging Face model")
     parser.add_argument("--prompts", type=Path, required=True, help="JSON: a list of chats")
-    parser.add_argument("--generation", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--steps", type=int, default=10, help="measured steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before those")
     parser.add_argument("--groups", type=int, default=GROUPS, help="prompts of a step, on all GPUs together")
-    parser.add_argument("--tokens", type=int, default=COMPLETION_TOKENS, help="of a completion")
-    parser.add_argument("--ends", action="store_true", help="completions end where the model ends them, and by then")
+    parser.add_argument("--tokens", type=int, default=COMPLETION_TOKENS, help="of a completion, at most")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--reward", choices=list(REWARDS), default="digits")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the frozen weights")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--generation", choices=["transformers", "vllm"], default="transformers")
+    parser.add_argument("--ends", action="store_true", help="completions end where the model ends them, and by then")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=False, help="to bf16")
     parser.add_argument("--microbatch", type=int, default=SAMPLES, help="samples of one forward and backward pass")
     parser.add_argument(
