@@ -9,6 +9,7 @@ from time import monotonic
 import numpy as np
 from anyio import TASK_STATUS_IGNORED, Semaphore, create_task_group
 from anyio.abc import TaskGroup, TaskStatus
+from anyio.lowlevel import checkpoint
 
 from rlloop.environment import PromptTooLong
 from rlloop.refit.publisher import Refit
@@ -50,6 +51,7 @@ class Evaluation:
                 async with create_task_group() as members:
                     for prompt in self._prompts:
                         members.start_soon(answer, prompt, version)
+                        await checkpoint()  # many at once would keep the event loop from all else
             self._report(version, _summarise(groups) | {"time/eval": monotonic() - started})
         finally:
             self._slot.release()

@@ -117,7 +117,9 @@ class Loop:
 
     async def run(self) -> None:
         """Return after the last update, or raise the first error of any stage."""
-        slots = Semaphore(self._num_slots, fast_acquire=True)
+        # Not `fast_acquire`: a pass through the event loop between two groups. A refit frees the slots of a whole step, and to
+        # send that many requests takes as long as a small model's step, during which the trainer would get no call.
+        slots = Semaphore(self._num_slots)
         self._send, self._finished = create_memory_object_stream[Group | None](inf)
 
         async def admit() -> None:

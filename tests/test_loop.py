@@ -208,6 +208,28 @@ def test_a_slot_comes_back_only_after_the_refit(backend: str) -> None:
         assert not any(line.startswith("sample") for line in between), "all slots were taken until the refit"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_trainer_is_called_while_groups_begin(backend: str) -> None:
+    """Each pass through the event loop begins one group, however many slots a refit freed."""
+
+    begun_in_four_passes: list[int] = []
+
+    class CountsPasses(FakeStages):
+        async def update(self, groups: list[Group]) -> Metrics:
+            before = self.num_begun()
+            for _ in range(4):
+                await anyio.lowlevel.checkpoint()
+            begun_in_four_passes.append(self.num_begun() - before)
+            return await super().update(groups)
+
+        def num_begun(self) -> int:
+            return sum(line.startswith("sample") for line in self.log)
+
+    stages = CountsPasses(FakeTrainer(), random.Random(0))
+    anyio.run(lambda: run(stages, "correct", bound=2, per_step=16, num_steps=6), backend=backend)
+    assert 1 <= max(begun_in_four_passes) <= 5  # trio runs the tasks of a pass in any order
+
+
 @pytest.mark.parametrize("on_stale", ["correct", "drop"])
 def test_of_what_finishes_during_an_update_the_oldest_is_trained_first(on_stale: str) -> None:
     # 0, 1 and 2 begin with version 0, 3 with version 1. While 2 is trained 3 is finished, and after it 1.
