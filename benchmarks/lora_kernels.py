@@ -24,6 +24,7 @@ from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_shrink, lora_shrink_op
 
 RANK = 32
 SLOTS, IN_USE = 10, 3
+MOST_MATRICES = 8
 LAYERS = 48
 NUM_TOKENS = (16, 64, 128, 256, 512, 1024)
 Size = tuple[int, int]
@@ -93,7 +94,8 @@ def as_vllm_reads_it(best: Mapping[tuple[Size, int], Blocks]) -> dict[str, Any]:
     for ((features, number), tokens), blocks in best.items():
         of_tokens = tree.setdefault(str(number), {}).setdefault(str(tokens), {})
         of_tokens[str(features)] = {str(RANK): dict(blocks)}
-    return {str(SLOTS): tree}
+    # Its engine would die of a layer that has more than were measured.
+    return {str(SLOTS): tree | {str(number): tree["3"] for number in range(4, MOST_MATRICES + 1)}}
 
 
 def main() -> None:
@@ -121,7 +123,9 @@ def main() -> None:
     if options.write:
         gpu = torch.cuda.get_device_name().replace(" ", "_").replace("-", "_")
         options.write.mkdir(parents=True, exist_ok=True)
-        (options.write / f"{gpu}_SHRINK.json").write_text(json.dumps(as_vllm_reads_it(best), indent=1) + "\n")
+        (options.write / f"{gpu}_SHRINK.json").write_text(
+            json.dumps(as_vllm_reads_it(best), separators=(",", ":")) + "\n"
+        )
 
 
 if __name__ == "__main__":

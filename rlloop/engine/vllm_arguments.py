@@ -14,6 +14,9 @@ from rlloop.models import weight_bytes
 from rlloop.placement import divide, gpu_bytes, visible_gpus
 from rlloop.types import LoraConfig
 
+_BLOCKS = "VLLM_TUNED_CONFIG_FOLDER"
+"""Where vLLM looks for blocks of its LoRA kernels, by the GPU's name. `benchmarks/lora_kernels.py` found those here."""
+
 
 def slots(number: int, lora: LoraConfig) -> dict[str, Any]:
     """Room for so many adapters, and only on the layers that get one: on others vLLM would compute with empty ones."""
@@ -105,7 +108,9 @@ def variables(
     config_path = log_path.with_suffix(".logging.json")
     config_path.write_text(json.dumps(logging_config))
     found = {"VLLM_LOGGING_CONFIG_PATH": str(config_path.resolve()), **gpu_order(gpus)}
-    if cores is not None:
+    if cores is None:
+        found[_BLOCKS] = os.environ.get(_BLOCKS, str(Path(__file__).with_name("lora_blocks")))
+    else:
         found["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib or 1)
         parts = [",".join(map(str, sorted(part or ()))) for part in divide(cores, tensor_parallel)]
         found["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rlloop.config import EngineSettings
 from rlloop.engine import gpu_lora
+from rlloop.engine.vllm_arguments import variables
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]  # of vLLM
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -118,3 +122,29 @@ def test_vllms_own_stays_where_more_of_it_is_read() -> None:
         gpu_lora.install(manager)
         [wrapper] = manager.punica_wrapper_mapping.values()
         assert "update_metadata" not in vars(wrapper)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [8, 32, 64])
+@pytest.mark.parametrize("features", [576, 1536, 2048, 14336])
+def test_a_kernel_with_our_blocks_computes_the_product(
+    features: int, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_shrink, utils
+
+    ours = variables(EngineSettings(), tmp_path / "log", None, 1, ())
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", ours["VLLM_TUNED_CONFIG_FOLDER"])
+    for cached in (utils.load_lora_op_config, utils.get_lora_op_configs):
+        cached.cache_clear()
+    for number, num_tokens in product((1, 2, 3), (1, 33, 64, 200, 600, 2000)):
+        matrices = [torch.randn(MAX_LORAS, 1, rank, features, device="cuda").bfloat16() for _ in range(number)]
+        x = torch.randn(num_tokens, features, device="cuda").bfloat16()
+        slots = torch.arange(num_tokens, device="cuda") % (MAX_LORAS + 1) - 1  # -1: no adapter
+        meta = LoRAKernelMeta.make(MAX_LORAS, 4096, device="cuda")
+        meta.prepare_tensors(slots)
+        h = torch.full((number, num_tokens, rank), torch.nan, device="cuda")
+        lora_shrink(x, matrices, h, *meta.meta_args(num_tokens, False), 1.0)
+        of_a_slot, has_one = torch.arange(num_tokens, device="cuda"), slots >= 0
+        for found, a in zip(h, matrices, strict=True):
+            wanted = (x.float() @ a[:, 0].float().mT)[slots, of_a_slot]
+            assert (found - wanted)[has_one].abs().max() < 1e-3 * features**0.5

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+from pathlib import Path
+
 import pytest
+import torch
 
 from rlloop.config import EngineSettings
-from rlloop.engine.vllm_arguments import device_arguments, gpu_order
+from rlloop.engine.vllm_arguments import device_arguments, gpu_order, variables
 from rlloop.errors import ConfigError
 
 
@@ -51,3 +55,25 @@ def test_every_step_has_a_graph_that_pads_it_little(max_num_seqs: int) -> None:
 
 def test_without_graphs_there_are_no_sizes() -> None:
     assert "compilation_config" not in device_arguments(EngineSettings(enforce_eager=True), None, 0)
+
+
+BLOCKS = "VLLM_TUNED_CONFIG_FOLDER"
+
+
+def test_vllm_finds_blocks_for_its_lora_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H200, for any number of slots, matrices, tokens, features and rank."""
+    from vllm.lora.ops.triton_ops.utils import get_lora_op_configs
+
+    monkeypatch.setattr("rlloop.engine.vllm_arguments.visible_gpus", list)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setenv(BLOCKS, variables(EngineSettings(), tmp_path / "log", None, 1, ())[BLOCKS])
+    for slots, matrices, tokens, features, rank in product((2, 10), range(1, 9), (1, 64, 2048), (576, 8192), (8, 256)):
+        found = get_lora_op_configs("shrink", slots, tokens, features, rank, matrices)
+        assert found["block_k"] * found["split_k"] <= 4096  # vLLM's own cut few tokens into parts of 16,384
+
+
+def test_own_blocks_go_first_and_a_cpu_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlloop.engine.vllm_arguments.visible_gpus", list)
+    monkeypatch.setenv(BLOCKS, "/mine")
+    assert variables(EngineSettings(), tmp_path / "log", None, 1, ())[BLOCKS] == "/mine"
+    assert BLOCKS not in variables(EngineSettings(), tmp_path / "log", frozenset({0}), 1, ())
