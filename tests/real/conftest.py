@@ -160,7 +160,7 @@ def start(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @dataclass(frozen=True)
 class ResumedRun:
-    """A run that SIGTERM has ended, and that was resumed to its end."""
+    """A run with a critic that SIGTERM has ended, and that was resumed to its end."""
 
     run_dir: Path
     note: Path
@@ -181,7 +181,7 @@ def resumed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> ResumedRu
     """Two starts of vLLM that many tests look at."""
     run_dir = tmp_path_factory.mktemp("runs") / "resumed"
     flags = ("--dtype", "float32", "--num_steps")
-    first = start(run_dir, *flags, "1000")
+    first = start(run_dir, *flags, "1000", algorithm="ppo")
     first.wait_for_steps(3)
     signalled = time.monotonic()
     first.signal_group(signal.SIGTERM)
@@ -192,7 +192,7 @@ def resumed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> ResumedRu
     assert checkpoint is not None, first.text()
 
     num_steps = checkpoint.step + 4
-    second = start(run_dir, *flags, str(num_steps), "--resume")
+    second = start(run_dir, *flags, str(num_steps), "--resume", algorithm="ppo")
     second.wait_for_steps(checkpoint.step + 1)
     return ResumedRun(
         run_dir=run_dir,

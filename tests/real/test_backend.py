@@ -33,6 +33,7 @@ folder, model = map(Path, sys.argv[1:])
 common = dict(
     model=str(model), dtype="float32", env="lengths:Lengths", groups_per_step=2, group_size=4, max_staleness=1,
     engine={"max_model_len": 128, "max_num_seqs": 32}, sampling={"max_tokens": 8}, optim={"lr": 1e-2},
+    trainer={"kind": "megatron"},
     lora={"targets": ("q_proj", "down_proj")},  # one of three in a layer of vLLM's, all of another, none of the others
 )
 first = ppo.Config(run_dir=folder / "first", num_steps=3, kl_coef=0.1, num_minibatches=2, **common)

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rlloop.checkpoint import newest_checkpoint
 from rlloop.cli import main
 from rlloop.tracking import jsonl
 from rlloop.tracking.files import read_metrics
-from rlloop.tracking.keys import DOCUMENTED
+from rlloop.tracking.keys import DOCUMENTED, OPTIONAL
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
@@ -30,7 +31,8 @@ def test_every_line_has_every_documented_metric(resumed: Any) -> None:
     assert len(lines) >= resumed.num_steps
     for line in lines:
         assert set(DOCUMENTED) - set(line) == set()
-        assert set(line) - set(DOCUMENTED) == {"step", "attempt", "time"}
+        others = set(line) - set(DOCUMENTED) - {"step", "attempt", "time"}
+        assert {"loss/value", "value/explained_variance"} <= others <= set(OPTIONAL)
 
 
 def test_metrics_are_plausible(resumed: Any) -> None:
@@ -39,6 +41,7 @@ def test_metrics_are_plausible(resumed: Any) -> None:
         assert 0 <= line["reward/min"] <= line["reward/mean"] <= line["reward/max"] <= 1
         assert line["completions/mean_length"] <= 8
         assert line["optim/grad_norm"] > 0
+        assert math.isfinite(line["loss/value"])
         assert line["optim/skipped_steps"] == 0
         if line["async/staleness_max"] == 0:  # then trainer and engine hold the same weights, in float32
             assert line["policy/sampler_kl_max"] < 1e-6
@@ -89,17 +92,18 @@ def test_the_run_directory_is_the_contract(resumed: Any, capsys: pytest.CaptureF
     assert (resumed.run_dir / "latest").resolve() == last.resolve()
     files = {str(path.relative_to(last)) for path in last.rglob("*") if path.is_file()}
     assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "ledger.json", "manifest.json"} <= files
+    assert load_file(last / "critic" / "adapter" / "value_head.safetensors")["value_head.weight"].any()
     assert any(name.startswith("state/") for name in files)
     assert not list((resumed.run_dir / "checkpoints").glob(".tmp-*"))
     manifest = json.loads((last / "manifest.json").read_text())
     assert manifest["policy_version"] == manifest["step"] == resumed.num_steps
-    assert main(["grpo", "--config", str(resumed.run_dir / "config.toml"), "--dry-run"]) == 0
+    assert main(["ppo", "--config", str(resumed.run_dir / "config.toml"), "--dry-run"]) == 0
     assert tomllib.loads(capsys.readouterr().out)["num_steps"] == resumed.num_steps
     assert (resumed.run_dir / "logs" / "engine.log").stat().st_size
 
 
 def test_a_used_directory_is_refused(resumed: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["grpo", "--run_dir", str(resumed.run_dir)]) == 2
+    assert main(["ppo", "--run_dir", str(resumed.run_dir)]) == 2
     error = capsys.readouterr().err
     assert "--resume" in error
     assert "--overwrite" in error
@@ -153,7 +157,7 @@ def test_sigterm_ends_the_run_within_seconds_with_a_checkpoint(resumed: Any) -> 
 
 
 def test_it_says_how_to_go_on(resumed: Any) -> None:
-    assert "stopped by SIGTERM; continue with: rlloop grpo" in resumed.first.text()
+    assert "stopped by SIGTERM; continue with: rlloop ppo" in resumed.first.text()
     assert resumed.first.text().rpartition("continue with: ")[2].splitlines()[0].endswith("--resume")
 
 

@@ -19,23 +19,30 @@ from rlloop.tracking.files import read_metrics
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
 Start = Callable[..., Any]
+DATASET = Path(__file__).parents[2] / "examples" / "sft" / "questions.jsonl"
 
 
-def test_trains_a_real_model(start: Start, tmp_path: Path) -> None:
-    """And sends all its weights, with the adapter merged into them."""
-    flags = ["--trainer.kind", "megatron", "--num_steps", "3", "--max_staleness", "0", "--dtype", "float32"]
-    flags += ["--refit.form", "full"]
-    run = start(tmp_path / "run", *flags, "--optim.lr", "1e-3", model="SmolLM2-135M-Instruct")
-    run.wait_for_steps(1)
-    assert run.wait(300) == 0, run.text()
-    assert run.left_behind() == []
-    steps = read_metrics(tmp_path / "run")
-    assert len(steps) == 3
+@pytest.fixture(scope="module")
+def killed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A real model, all of whose weights are sent, with the adapter merged into them; after 3 steps its process is killed."""
+    flags = ["--trainer.kind", "megatron", "--num_steps", "1000", "--max_staleness", "0", "--dtype", "float32"]
+    flags += ["--refit.form", "full", "--optim.lr", "1e-3"]
+    run = start(tmp_path_factory.mktemp("killed") / "run", *flags, model="SmolLM2-135M-Instruct")
+    run.wait_for_steps(3)
+    assert run.find("VLLM::Engine").is_running()
+    run.popen.kill()
+    assert run.wait(5) == -signal.SIGKILL
+    return run
+
+
+def test_trains_a_real_model(killed: Any) -> None:
+    steps = read_metrics(killed.run_dir)
+    assert len(steps) >= 3
     for step in steps:  # trainer and engine hold the same weights
         assert step["policy/sampler_kl_max"] < 1e-6
         assert step["policy/mismatch_ratio_max"] == pytest.approx(1, abs=1e-3)
         assert step["optim/grad_norm"] > 0
-    checkpoint = newest_checkpoint(tmp_path / "run")
+    checkpoint = newest_checkpoint(killed.run_dir)
     assert checkpoint is not None
     base = AutoModelForCausalLM.from_pretrained(resolve_model("SmolLM2-135M-Instruct"), dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, checkpoint.folder / "adapter")
@@ -44,12 +51,17 @@ def test_trains_a_real_model(start: Start, tmp_path: Path) -> None:
     assert all(parameter.any() for parameter in trained)
 
 
-def test_nothing_survives_a_killed_parent(start: Any, tmp_path: Path) -> None:
-    """Not even ranks that wait for each other."""
-    flags = ["--trainer.kind", "megatron", "--trainer.megatron.pipeline_parallel", "2"]
-    run = start(tmp_path / "run", "--num_steps", "1000", *flags)
+def test_nothing_survives_a_killed_parent(killed: Any) -> None:
+    assert killed.left_behind(timeout=20) == []
+
+
+def test_not_even_ranks_that_wait_for_each_other(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an engine, whose start takes longer than all the rest."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    flags = ["--trainer.kind", "megatron", "--trainer.megatron.pipeline_parallel", "2", "--dataset", str(DATASET)]
+    run = start(tmp_path / "run", "--num_steps", "1000", *flags, algorithm="sft")
     run.wait_for_steps(2)
-    assert len([process for process in run.processes if "spawn_main" in " ".join(process.cmdline())]) >= 2
+    assert len([process for process in run.processes if "spawn_main" in " ".join(process.cmdline())]) == 2
     run.popen.kill()
     assert run.wait(5) == -signal.SIGKILL
     assert run.left_behind(timeout=20) == []
