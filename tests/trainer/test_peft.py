@@ -22,6 +22,13 @@ from rlloop.types import AdamConfig, LoraConfig, Sample
 
 pytestmark = pytest.mark.anyio
 
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """The other one is for `Ranks` alone (test_ranks.py), whose processes import no torch."""
+    return "asyncio"
+
+
 LOSS = policy_loss
 
 
@@ -109,7 +116,6 @@ async def test_killed_rank(models: dict[str, str], make_samples: Callable[..., l
             assert monotonic() - started < 5
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_model_that_does_not_load(tmp_path: Path) -> None:
     async with make_trainer(str(tmp_path / "nowhere"), tmp_path) as trainer:
         with pytest.raises(TrainerError, match="nowhere"):
