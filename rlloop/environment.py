@@ -7,8 +7,10 @@ chat messages into tokens; one that works on tokens collects them in a `Trajecto
 from __future__ import annotations
 
 import inspect
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -189,7 +191,16 @@ def as_written(messages: Sequence[Message]) -> list[Message]:
 
 def prompt_tokens(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """The chat as the tokenizer's template writes it, up to where the policy's answer begins."""
-    encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(_prompt_tokens(tokenizer, pickle.dumps(list(messages))))
+
+
+@lru_cache(
+    maxsize=64
+)  # a group's members ask for the same, one after another; a template takes as long as all else of a rollout
+def _prompt_tokens(tokenizer: Any, messages: bytes) -> list[int]:
+    encoded = tokenizer.apply_chat_template(
+        pickle.loads(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+    )
     return list(encoded["input_ids"])
 
 

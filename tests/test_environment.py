@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlloop.environment import MessageEnvironment, Trajectory, load_environment, reply_tokens
+from rlloop.environment import MessageEnvironment, Trajectory, load_environment, prompt_tokens, reply_tokens
 from rlloop.errors import BadEnvironmentError
 from rlloop.types import Completion, FinishReason, Message, Rollout
 
@@ -89,6 +89,25 @@ class Mirror(Guess):
     """One turn."""
 
     reply = MessageEnvironment.reply
+
+
+def test_a_chat_is_rendered_once_for_its_group(tokenizer: Any) -> None:
+    class Counting:
+        num_rendered = 0
+
+        def apply_chat_template(self, chat: Any, **options: Any) -> Any:
+            self.num_rendered += 1
+            return tokenizer.apply_chat_template(chat, **options)
+
+    counting, chat = Counting(), [{"role": "user", "content": "a"}]
+    wanted = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    for _ in range(8):
+        found = prompt_tokens(counting, chat)
+        assert found == wanted
+        found.clear()  # nobody else's
+    assert counting.num_rendered == 1
+    chat[0]["content"] = "b"
+    assert prompt_tokens(counting, chat) != wanted
 
 
 def test_trajectory_keeps_what_was_sampled() -> None:
