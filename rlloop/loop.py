@@ -20,8 +20,9 @@ from statistics import fmean
 from time import monotonic
 from typing import Any, Protocol
 
-from anyio import CancelScope, Semaphore, WouldBlock, create_memory_object_stream, create_task_group
+from anyio import CancelScope, Lock, Semaphore, WouldBlock, create_memory_object_stream, create_task_group
 from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint
 
 from rlloop.environment import PromptTooLong
 from rlloop.errors import BadEnvironmentError
@@ -108,6 +109,7 @@ class Loop:
         """Updates that the weights have seen."""
         self._scopes: defaultdict[int, set[CancelScope]] = defaultdict(set)
         self._failed_in_a_row = 0
+        self._gate = Lock(fast_acquire=True)
         self.num_in_flight = 0
         """Groups that are being sampled or scored."""
         self.dropped: Counter[str] = Counter()
@@ -117,9 +119,7 @@ class Loop:
 
     async def run(self) -> None:
         """Return after the last update, or raise the first error of any stage."""
-        # Not `fast_acquire`: a pass through the event loop between two groups. A refit frees the slots of a whole step, and to
-        # send that many requests takes as long as a small model's step, during which the trainer would get no call.
-        slots = Semaphore(self._num_slots)
+        slots = Semaphore(self._num_slots, fast_acquire=True)
         self._send, self._finished = create_memory_object_stream[Group | None](inf)
 
         async def admit() -> None:
@@ -173,6 +173,10 @@ class Loop:
         self._send.send_nowait(group)
 
     async def _sample_next(self) -> Group | None:
+        # A pass through the event loop between two groups that begin. A refit frees the slots of a whole step, and the requests
+        # of all at once would keep the trainer's next call waiting.
+        async with self._gate:
+            await checkpoint()
         ordinal, index, seed = self._ledger.next()
         prompt = Prompt(ordinal, index, seed, self._stages.task(index))
         with self._refit.lease() as version, CancelScope() as scope:

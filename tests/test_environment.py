@@ -3,6 +3,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,7 @@ def test_a_chat_is_rendered_once_for_its_group(tokenizer: Any) -> None:
     assert counting.num_rendered == 1
     chat[0]["content"] = "b"
     assert prompt_tokens(counting, chat) != wanted
+    assert prompt_tokens(counting, [MappingProxyType({"role": "user", "content": "a"})]) == wanted  # cannot be pickled
 
 
 def test_trajectory_keeps_what_was_sampled() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import anyio
 import numpy as np
 import pytest
 
-from rlloop.evaluation import _summarise
+from rlloop.evaluation import Evaluation, _summarise
 from rlloop.types import Failure, Group, Prompt, Rollout
 
 ROLLOUT = Rollout(np.zeros(3, np.int32), np.array([False, True, True]), np.zeros(3, np.float32), 0, "stop", 1, "")
@@ -26,3 +29,32 @@ def test_answers_to_one_prompt_are_no_independent_draws() -> None:
     # Means 3/4, 0 and 1: their variance is 13/48.
     assert found["eval/reward_stderr"] == pytest.approx(math.sqrt(13 / 48 / 3))
     assert (found["eval/prompts"], found["eval/failures"], found["eval/mean_length"]) == (4, 1, 2)
+
+
+class FakeRefit:
+    @contextmanager
+    def pin(self) -> Iterator[int]:
+        yield 0
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_each_pass_through_the_event_loop_begins_one_prompt(backend: str) -> None:
+    begun: list[int] = []
+    found: list[float] = []
+
+    async def sample(prompt: Prompt, version: int) -> Group:
+        begun.append(prompt.ordinal)
+        return group(prompt.ordinal, 1.0)
+
+    async def evaluate() -> None:
+        prompts = [Prompt(ordinal, ordinal, 0, None) for ordinal in range(16)]
+        evaluation = Evaluation(prompts, sample, FakeRefit(), lambda _, m: found.append(m["eval/prompts"]))  # type: ignore[arg-type]
+        async with anyio.create_task_group() as tasks:
+            await evaluation.start(tasks)
+            before = len(begun)
+            for _ in range(4):
+                await anyio.lowlevel.checkpoint()
+            assert 1 <= len(begun) - before <= 5  # trio runs the tasks of a pass in any order
+        assert found == [16]
+
+    anyio.run(evaluate, backend=backend)

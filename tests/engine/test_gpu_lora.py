@@ -128,15 +128,16 @@ def test_vllms_own_stays_where_more_of_it_is_read() -> None:
 @pytest.mark.parametrize("rank", [8, 32, 64])
 @pytest.mark.parametrize("features", [576, 1536, 2048, 14336])
 def test_a_kernel_with_our_blocks_computes_the_product(
-    features: int, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    features: int, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vllms_blocks: Any
 ) -> None:
-    from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_shrink, utils
+    from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_shrink
 
     ours = variables(EngineSettings(), tmp_path / "log", None, 1, ())
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", ours["VLLM_TUNED_CONFIG_FOLDER"])
-    for cached in (utils.load_lora_op_config, utils.get_lora_op_configs):
-        cached.cache_clear()
-    for number, num_tokens in product((1, 2, 3), (1, 33, 64, 200, 600, 2000)):
+    if vllms_blocks.load_lora_op_config("shrink", None) is None:
+        pytest.skip(f"none for a {torch.cuda.get_device_name()}")
+    for number, num_tokens in product((1, 2, 3, 5), (1, 33, 64, 200, 600, 2000)):
+        vllms_blocks._LORA_A_PTR_DICT.clear()  # it knows tensors by their address
         matrices = [torch.randn(MAX_LORAS, 1, rank, features, device="cuda").bfloat16() for _ in range(number)]
         x = torch.randn(num_tokens, features, device="cuda").bfloat16()
         slots = torch.arange(num_tokens, device="cuda") % (MAX_LORAS + 1) - 1  # -1: no adapter

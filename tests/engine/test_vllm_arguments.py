@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,15 +61,15 @@ def test_without_graphs_there_are_no_sizes() -> None:
 BLOCKS = "VLLM_TUNED_CONFIG_FOLDER"
 
 
-def test_vllm_finds_blocks_for_its_lora_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_finds_blocks_for_its_lora_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vllms_blocks: Any
+) -> None:
     """On an H200, for any number of slots, matrices, tokens, features and rank."""
-    from vllm.lora.ops.triton_ops.utils import get_lora_op_configs
-
     monkeypatch.setattr("rlloop.engine.vllm_arguments.visible_gpus", list)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setenv(BLOCKS, variables(EngineSettings(), tmp_path / "log", None, 1, ())[BLOCKS])
     for slots, matrices, tokens, features, rank in product((2, 10), range(1, 9), (1, 64, 2048), (576, 8192), (8, 256)):
-        found = get_lora_op_configs("shrink", slots, tokens, features, rank, matrices)
+        found = vllms_blocks.get_lora_op_configs("shrink", slots, tokens, features, rank, matrices)
         assert found["block_k"] * found["split_k"] <= 4096  # vLLM's own cut few tokens into parts of 16,384
 
 

@@ -181,7 +181,7 @@ def resumed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> ResumedRu
     """Two starts of vLLM that many tests look at."""
     run_dir = tmp_path_factory.mktemp("runs") / "resumed"
     flags = ("--dtype", "float32", "--num_steps")
-    first = start(run_dir, *flags, "1000", algorithm="ppo")
+    first = start(run_dir, *flags, "1000", "--checkpoint.every", "1000", algorithm="ppo")
     first.wait_for_steps(3)
     signalled = time.monotonic()
     first.signal_group(signal.SIGTERM)

@@ -23,7 +23,7 @@ DATASET = Path(__file__).parents[2] / "examples" / "sft" / "questions.jsonl"
 
 
 @pytest.fixture(scope="module")
-def killed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def killed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A real model, all of whose weights are sent, with the adapter merged into them; after 3 steps its process is killed."""
     flags = ["--trainer.kind", "megatron", "--num_steps", "1000", "--max_staleness", "0", "--dtype", "float32"]
     flags += ["--refit.form", "full", "--optim.lr", "1e-3"]
@@ -32,17 +32,18 @@ def killed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Any:
     assert run.find("VLLM::Engine").is_running()
     run.popen.kill()
     assert run.wait(5) == -signal.SIGKILL
-    return run
+    return run.run_dir, run.left_behind(timeout=20)
 
 
-def test_trains_a_real_model(killed: Any) -> None:
-    steps = read_metrics(killed.run_dir)
+def test_trains_a_real_model(killed: tuple[Path, list[str]]) -> None:
+    run_dir, _ = killed
+    steps = read_metrics(run_dir)
     assert len(steps) >= 3
     for step in steps:  # trainer and engine hold the same weights
         assert step["policy/sampler_kl_max"] < 1e-6
         assert step["policy/mismatch_ratio_max"] == pytest.approx(1, abs=1e-3)
         assert step["optim/grad_norm"] > 0
-    checkpoint = newest_checkpoint(killed.run_dir)
+    checkpoint = newest_checkpoint(run_dir)
     assert checkpoint is not None
     base = AutoModelForCausalLM.from_pretrained(resolve_model("SmolLM2-135M-Instruct"), dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, checkpoint.folder / "adapter")
@@ -51,8 +52,9 @@ def test_trains_a_real_model(killed: Any) -> None:
     assert all(parameter.any() for parameter in trained)
 
 
-def test_nothing_survives_a_killed_parent(killed: Any) -> None:
-    assert killed.left_behind(timeout=20) == []
+def test_nothing_survives_a_killed_parent(killed: tuple[Path, list[str]]) -> None:
+    _, left_behind = killed
+    assert left_behind == []
 
 
 def test_not_even_ranks_that_wait_for_each_other(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
