@@ -56,7 +56,7 @@ from rlloop.updates import optimizer_step
 GROUP_SIZE, MAX_STALENESS = 8, 4
 REPEATS = 3
 PROMPT = (1, 2, 3, 4, 5, 6, 7, 8)
-ROLLOUT = Rollout(np.ones(12, np.int32), np.ones(12, np.bool_), np.zeros(12, np.float32), 0, "length", 1, "")
+ROLLOUT = Rollout(np.ones(12, np.int32), np.arange(12) >= 8, np.zeros(12, np.float32), 0, "length", 1, "")
 
 
 class HoldingEngine(FakeEngine):
@@ -67,7 +67,7 @@ class HoldingEngine(FakeEngine):
         self._num_held = num_held
         self._num_to_come = num_requests
         self._held: deque[asyncio.Future[None]] = deque()
-        self._made = super()._completion(GenerationRequest(PROMPT, 0, num_tokens, seed=0), 0)
+        self._made = super()._completion(GenerationRequest(PROMPT, 0, num_tokens, seed=0), 0, 0, 0)
 
     async def _hold(self, request: GenerationRequest) -> None:
         done = asyncio.get_running_loop().create_future()
@@ -77,7 +77,7 @@ class HoldingEngine(FakeEngine):
             self._held.popleft().set_result(None)
         await done
 
-    def _completion(self, request: GenerationRequest, member: int) -> Completion:
+    def _completion(self, request: GenerationRequest, member: int, oldest: int, newest: int) -> Completion:
         return self._made
 
 

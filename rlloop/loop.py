@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import count
 from math import inf
 from statistics import fmean
 from time import monotonic
 from typing import Any, Protocol
 
-from anyio import CancelScope, Lock, Semaphore, WouldBlock, create_memory_object_stream, create_task_group
-from anyio.abc import TaskGroup
+from anyio import CancelScope, Semaphore, WouldBlock, create_memory_object_stream, create_task_group
 from anyio.lowlevel import checkpoint
 
 from rlloop.environment import PromptTooLong
@@ -30,6 +30,10 @@ from rlloop.ledger import DropReason, Ledger
 from rlloop.refit.publisher import Refit
 from rlloop.staleness import Backlog
 from rlloop.types import Group, Metrics, Prompt, RefitReport
+
+_BEGIN_IN_A_PASS = 4
+"""Groups. A refit frees the slots of a whole step; all their requests in one pass through the event loop would keep the
+trainer's next call waiting, for as long as a small model's step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,6 @@ class Loop:
         """Updates that the weights have seen."""
         self._scopes: defaultdict[int, set[CancelScope]] = defaultdict(set)
         self._failed_in_a_row = 0
-        self._gate = Lock(fast_acquire=True)
         self.num_in_flight = 0
         """Groups that are being sampled or scored."""
         self.dropped: Counter[str] = Counter()
@@ -119,19 +122,23 @@ class Loop:
 
     async def run(self) -> None:
         """Return after the last update, or raise the first error of any stage."""
-        slots = Semaphore(self._num_slots, fast_acquire=True)
+        self._slots = Semaphore(self._num_slots, fast_acquire=True)
+        self._needed = Semaphore((self._num_steps - self.version) * self._groups_per_step, fast_acquire=True)
         self._send, self._finished = create_memory_object_stream[Group | None](inf)
 
         async def admit() -> None:
-            for _ in range((self._num_steps - self.version) * self._groups_per_step):
-                await slots.acquire()
+            for number in count(1):
+                await self._needed.acquire()
+                await self._slots.acquire()
                 tasks.start_soon(self._fill_slot)
+                if number % _BEGIN_IN_A_PASS == 0:
+                    await checkpoint()
 
         async with self._send, self._finished, create_task_group() as tasks:
             tasks.start_soon(admit)
             while self.version < self._num_steps:
                 started = monotonic()
-                groups = await self._next_batch(tasks)
+                groups = await self._next_batch()
                 received = monotonic()
                 metrics = await self._stages.update(groups)
                 self.version += 1
@@ -143,13 +150,14 @@ class Loop:
                     report = await self._refit.publish(self.version)
                     self._cancel_stale()
                     for _ in groups:
-                        slots.release()
+                        self._slots.release()
                 finally:
                     step = Step(self.version, groups, metrics, received - started, updated - received, report, filtered)
                     self._stages.finish_step(step)
                 await self._stages.checkpoint(self.version)
+            tasks.cancel_scope.cancel()  # `admit`, which waits for groups to replace
 
-    async def _next_batch(self, tasks: TaskGroup) -> list[Group]:
+    async def _next_batch(self) -> list[Group]:
         """Wait for the groups of the next update; replace those that have become too old."""
         while True:
             with suppress(WouldBlock):  # all that are there, for the oldest go first
@@ -157,7 +165,7 @@ class Loop:
                     self._receive(self._finished.receive_nowait())
             for group in self._backlog.take_stale(self.version):
                 self._drop(group.prompt.ordinal, "stale")
-                tasks.start_soon(self._fill_slot)
+                self._replace()
             if groups := self._backlog.take_batch(self.version):
                 return [replace(group, staleness=self.version - group.policy_version) for group in groups]
             self._receive(await self._finished.receive())
@@ -167,16 +175,18 @@ class Loop:
             self._backlog.finish(finished)
 
     async def _fill_slot(self) -> None:
-        """Hold a slot until one group is ready to be trained; one that cannot be is counted and replaced."""
-        while (group := await self._sample_next()) is None:
-            pass
-        self._send.send_nowait(group)
+        """Hold a slot with a group until it is trained; one that cannot be is counted and replaced."""
+        group = await self._sample_next()
+        if group is None:
+            self._replace()
+        else:
+            self._send.send_nowait(group)
+
+    def _replace(self) -> None:
+        self._slots.release()
+        self._needed.release()
 
     async def _sample_next(self) -> Group | None:
-        # A pass through the event loop between two groups that begin. A refit frees the slots of a whole step, and the requests
-        # of all at once would keep the trainer's next call waiting.
-        async with self._gate:
-            await checkpoint()
         ordinal, index, seed = self._ledger.next()
         prompt = Prompt(ordinal, index, seed, self._stages.task(index))
         with self._refit.lease() as version, CancelScope() as scope:

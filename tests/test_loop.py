@@ -211,7 +211,7 @@ def test_a_slot_comes_back_only_after_the_refit(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("on_stale", "straggler"), [("correct", 0), ("correct", 2), ("drop", 2)])
-def test_groups_begin_one_by_one(backend: str, on_stale: str, straggler: int) -> None:
+def test_few_groups_begin_at_once(backend: str, on_stale: str, straggler: int) -> None:
     """However many slots a refit freed and groups became too old: the trainer's calls pass between them."""
     stages = FakeStages(FakeTrainer(), random.Random(0), straggler)
     most = 0
@@ -233,7 +233,7 @@ def test_groups_begin_one_by_one(backend: str, on_stale: str, straggler: int) ->
             tasks.cancel_scope.cancel()
 
     anyio.run(count, backend=backend)
-    assert 1 <= most <= 2  # trio runs the tasks of a pass in any order
+    assert 4 <= most <= 8  # trio runs the tasks of a pass in any order
 
 
 @pytest.mark.parametrize("on_stale", ["correct", "drop"])
