@@ -24,11 +24,12 @@ quickstart: install  ## Train SmolLM2-135M-Instruct with GRPO for 30 steps, anew
 test: lint check-gpu-lock  ## Lint, types and the GPU lock, then all tests against the installed wheel; flags of pytest: ARGS="-k refit"
 	PYTHONSAFEPATH=1 RLLOOP_EXPECT_WHEEL=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# mypy runs inside tests/, or it would check the checkout's rlloop/ and not the installed one.
+# mypy runs inside folders without rlloop/, or it would check the checkout's and not the installed one.
 lint: install  ## ruff and mypy (strict)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	cd tests && $(MYPY) -p rlloop
+	cd benchmarks && $(MYPY) *.py
 
 bench: install  ## Run the benchmarks of a CPU (hours), or some: BENCH="refit parity"
 	set -e; for name in $(BENCH); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done

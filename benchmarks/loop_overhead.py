@@ -309,7 +309,7 @@ def main() -> None:
         for _ in range(REPEATS):
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
                 runs.append(process.submit(measure, *arguments).result())
-        return sorted(runs, key=lambda run: run[0]["samples/s"])[REPEATS // 2]
+        return sorted(runs, key=lambda run: float(run[0]["samples/s"] or 0))[REPEATS // 2]
 
     report = Report("loop_overhead", ["anyio", "uvloop", "numpy"])
     rows = [

