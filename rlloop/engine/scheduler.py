@@ -1,8 +1,9 @@
 """vLLM's scheduler with less to do for each token: that is what bounds small models, and how many engines one loop can serve.
 
 A request's tokens and their logprobs leave the engine's process at its end: vLLM slices and encodes an output for each of them,
-and our process decodes it and keeps its books. A token that fits into its request's last block asks for no memory. And requests
-begin several at once: a step with a prompt in it is launched piece by piece, one that only decodes as one CUDA graph.
+and our process decodes it and keeps its books. Until then a token after which the request goes on is written down, and no more.
+One that fits into its request's last block asks for no memory. And requests begin several at once: a step with a prompt in it is
+launched piece by piece, one that only decodes as one CUDA graph.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import os
 import time
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
 
+from rlloop.engine import vllm_compat
 from rlloop.engine.tally import Tally
 
 SCHEDULER = f"{__name__}.make_scheduler"
@@ -37,6 +40,7 @@ def make_scheduler(vllm_config: Any, **arguments: Any) -> Any:
     base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     scheduler: Any = type(base.__name__, (LeanScheduler, base), {})(vllm_config=vllm_config, **arguments)
     scheduler.tally = Tally(os.environ[TALLY])
+    scheduler.is_async = base is AsyncScheduler
     scheduler.begins_together = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
     _skip_open_blocks(scheduler)
     return scheduler
@@ -51,7 +55,7 @@ def _skip_open_blocks(scheduler: Any) -> None:
     allocate, cache, nothing = manager.allocate_slots, manager.cache_blocks, manager.empty_kv_cache_blocks
     if len(groups) != 1 or type(groups[0].kv_cache_spec) is not FullAttentionSpec or scheduler.num_lookahead_tokens:
         return
-    size = groups[0].kv_cache_spec.block_size
+    size = scheduler.open_block_size = groups[0].kv_cache_spec.block_size
 
     def allocate_slots(request: Any, num_new_tokens: int, **more: Any) -> Any:
         is_within = 0 < request.num_computed_tokens % size < size - 1  # not of one that waits, which has computed none
@@ -74,7 +78,11 @@ class LeanScheduler:
     waiting: Any
     max_num_running_reqs: int
     tally: Tally
+    max_model_len: int
+    is_async = False
     begins_together = False
+    open_block_size = 0
+    """Tokens of a block of the KV cache; 0 where something else may happen within one."""
     _num_held_steps = 0
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
@@ -92,8 +100,10 @@ class LeanScheduler:
 
     def add_request(self, request: Any) -> None:
         """vLLM's, and whether this one's outputs are held back."""
-        wants = (request.sampling_params and request.sampling_params.extra_args) or ()
-        request.held_logprobs = array("f") if OUTPUTS_AT_THE_END in wants else None
+        params = request.sampling_params
+        is_late = params is not None and OUTPUTS_AT_THE_END in (params.extra_args or ())
+        request.held_logprobs = array("f") if is_late else None
+        request.last_tokens = {params.eos_token_id, *(params.stop_token_ids or ())} if is_late else ()
         request.num_sent = 0
         request.last_token_at = None
         super().add_request(request)  # type: ignore[misc]
@@ -106,12 +116,54 @@ class LeanScheduler:
         lists = model_runner_output.logprobs
         if lists is not None:
             model_runner_output.logprobs = _Logprobs(lists, [*requests.values()])
+            if self.open_block_size and model_runner_output.sampled_token_ids:
+                scheduler_output = copy(scheduler_output)
+                scheduler_output.num_scheduled_tokens = self._go_on(
+                    scheduler_output.num_scheduled_tokens, model_runner_output, requests
+                )
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         for each in outputs.values():
             each.outputs = self._to_send(each.outputs, requests, type(lists))
             if (load := each.scheduler_stats) is not None:
                 self.tally.set_load(load.num_running_reqs, load.num_waiting_reqs, load.kv_cache_usage)
         return {client: each for client, each in outputs.items() if each.outputs or each.finished_requests}
+
+    def _go_on(self, scheduled: Mapping[str, int], output: Any, requests: Mapping[str, Any]) -> dict[str, int]:
+        """What vLLM's does for a request that gets one token in the midst of a block, and neither begins nor ends with it; ->
+        `scheduled` without those."""
+        from vllm.v1.request import RequestStatus
+
+        rest, now = dict(scheduled), time.monotonic()
+        num_tokens, since, size = 0, now, self.open_block_size
+        for index, (name, request) in enumerate(requests.items()):
+            sampled = output.sampled_token_ids[index]
+            if (
+                request is None
+                or not request.held_logprobs
+                or len(sampled) != 1
+                or scheduled[name] != 1
+                or request.status != RequestStatus.RUNNING
+                or vllm_compat.num_unwanted_tokens(request)
+                or sampled[0] in request.last_tokens
+            ):
+                continue
+            number = len(request._all_token_ids) + 1
+            # vLLM hashes a block when it is full, and puts it into the prefix cache with the token after.
+            if (
+                number % size < 2
+                or number >= self.max_model_len
+                or len(request._output_token_ids) + 1 >= request.max_tokens
+            ):
+                continue
+            del rest[name]
+            request.num_in_flight_tokens -= 1
+            request.num_output_placeholders -= self.is_async
+            request._output_token_ids.append(sampled[0])
+            request._all_token_ids.append(sampled[0])
+            output.logprobs.slice_request(index, 1)
+            num_tokens, since, request.last_token_at = num_tokens + 1, min(since, request.last_token_at), now
+        self.tally.add(num_tokens, now - since)
+        return rest
 
     def _to_send(self, outputs: Iterable[Any], requests: Mapping[str, Any], lists_type: Any) -> list[Any]:
         sent, num_tokens, gap, now = [], 0, 0.0, time.monotonic()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from rlloop.engine.scheduler import TALLY, make_scheduler
+from rlloop.engine.scheduler import OUTPUTS_AT_THE_END, TALLY, make_scheduler
 from rlloop.engine.tally import Tally
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]  # of vLLM
@@ -48,7 +49,7 @@ def start(config: Any, make: Any) -> Any:
     )
 
 
-def request(name: str, prompt: list[int], max_tokens: int) -> Any:
+def request(name: str, prompt: list[int], max_tokens: int, extra_args: Any = None) -> Any:
     from vllm import SamplingParams
     from vllm.utils.hashing import get_hash_fn_by_name
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -59,7 +60,7 @@ def request(name: str, prompt: list[int], max_tokens: int) -> Any:
     return Request(
         name,
         prompt,
-        SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+        SamplingParams(max_tokens=max_tokens, ignore_eos=True, logprobs=0, extra_args=extra_args),
         None,
         block_hasher=get_request_block_hasher(BLOCK, hash_block),
     )
@@ -67,35 +68,49 @@ def request(name: str, prompt: list[int], max_tokens: int) -> Any:
 
 def sampled(scheduled: Any, scheduler: Any) -> Any:
     """A token for each request whose prompt this step completes, or completed before; to be asked right after scheduling."""
-    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
     names = [*scheduled.num_scheduled_tokens]
+    rows = np.arange(len(names))
     requests = [scheduler.requests[name] for name in names]
     return ModelRunnerOutput(
         req_ids=names,
         req_id_to_index={name: index for index, name in enumerate(names)},
         sampled_token_ids=[[7] if one.num_computed_tokens >= one.num_tokens else [] for one in requests],
-        logprobs=None,
+        logprobs=LogprobsLists(7 + 0 * rows[:, None], -np.random.rand(len(rows), 1).astype(np.float32), rows),
         prompt_logprobs_dict={},
         pooler_output=[],
     )
 
 
-def follow(scheduler: Any, num_ahead: int) -> list[Any]:
-    """What each step schedules, and where it lies: groups that share a prompt and come at any time, then their whole texts. The
-    host schedules so many steps before it knows what came of one."""
+def follow(scheduler: Any, num_ahead: int) -> tuple[list[Any], dict[str, Any]]:
+    """What each step schedules, and where it lies: groups that share a prompt and come at any time, then their whole texts; and
+    the tokens and logprobs that went out. The host schedules so many steps before it knows what came of one."""
     generator, seen, running = random.Random(0), [], deque[Any]()
     prompts = [[*range(start, start + generator.randint(1, 40))] for start in range(0, 300, 50)]
     waiting = [(f"{i}-{j}", prompt, generator.randint(1, 70)) for i, prompt in enumerate(prompts) for j in range(3)]
     waiting += [(f"{name}-again", [*prompt, *[7] * length, 1], 3) for name, prompt, length in waiting]
     pool = scheduler.kv_cache_manager.block_pool
+    sent = defaultdict[str, Any](lambda: ([], [], []))
+    np.random.seed(0)
+
+    def update() -> None:
+        for message in scheduler.update_from_output(*running.popleft()).values():
+            for one in message.outputs:
+                tokens, logprobs, reasons = sent[one.request_id]
+                tokens += one.new_token_ids
+                logprobs += [] if one.new_logprobs is None else one.new_logprobs.logprobs[:, 0].tolist()
+                reasons += [] if one.finish_reason is None else [one.finish_reason]
+
     while waiting or scheduler.has_requests():
         for _ in range(min(len(waiting), generator.choice([0, 0, 0, 1, 2]))):
-            scheduler.add_request(request(*waiting.pop(0)))
+            name, prompt, length = waiting.pop(0)
+            late = None if name.endswith("2") else {OUTPUTS_AT_THE_END: True}
+            scheduler.add_request(request(name, prompt, length, late))
         scheduled = scheduler.schedule()
         running.append((scheduled, sampled(scheduled, scheduler)))
         if len(running) > num_ahead:
-            scheduler.update_from_output(*running.popleft())
+            update()
         blocks = {name: scheduler.kv_cache_manager.get_block_ids(name) for name in scheduled.num_scheduled_tokens}
         new = {one.req_id: (one.block_ids, one.num_computed_tokens) for one in scheduled.scheduled_new_reqs}
         more = scheduled.scheduled_cached_reqs
@@ -103,7 +118,9 @@ def follow(scheduler: Any, num_ahead: int) -> list[Any]:
         seen.append(
             (dict(scheduled.num_scheduled_tokens), blocks, new, more.req_ids, more.new_block_ids, cached, gave_way)
         )
-    return seen
+    while running:
+        update()
+    return seen, sent
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -133,10 +150,12 @@ def test_every_token_lies_where_vllm_would_put_it(
     tally = Tally()
     monkeypatch.setenv(TALLY, tally.location)
     config = make_config(tiny_llama, num_blocks, budget, is_async)
-    theirs = follow(start(config, AsyncScheduler if is_async else Scheduler), int(is_async))
+    theirs, sent_by_them = follow(start(config, AsyncScheduler if is_async else Scheduler), int(is_async))
     calls = count_calls(monkeypatch)
-    found = follow(start(config, make_scheduler), int(is_async))
+    found, sent = follow(start(config, make_scheduler), int(is_async))
     assert found == theirs
+    assert sent == sent_by_them
+    assert tally.num_tokens == sum(len(tokens) for tokens, *_ in sent.values())
     hits = [computed for step in found for name, (_, computed) in step[2].items() if name.endswith("again")]
     assert max(hits) > 3 * BLOCK, "what was sampled is in the prefix cache"
     assert any(step[-1] for step in found) == (num_blocks < 100)

@@ -34,7 +34,8 @@ class FakeScheduler:
         self.requests: dict[str, Any] = {}
         self.tally = Tally()
         for name in (*late, *at_once):
-            params = SimpleNamespace(extra_args={OUTPUTS_AT_THE_END: True} if name in late else None)
+            extra_args = {OUTPUTS_AT_THE_END: True} if name in late else None
+            params = SimpleNamespace(extra_args=extra_args, eos_token_id=None, stop_token_ids=None)
             self.add_request(SimpleNamespace(request_id=name, sampling_params=params, output_token_ids=[]))
 
     def add_request(self, request: Any) -> None:
