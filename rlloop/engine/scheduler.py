@@ -23,7 +23,7 @@ from rlloop.engine.tally import Tally
 SCHEDULER = f"{__name__}.make_scheduler"
 OUTPUTS_AT_THE_END = "outputs_at_the_end"
 """In a request's `extra_args`. Not for one that may end elsewhere and be read nevertheless, by an abort or at a stop string: what
-is held goes with it."""
+is held goes with it. Nor with a grammar, images or a search for repetitions, for which each token is more than written down."""
 BEGIN_TOGETHER = 16
 """Requests wait until they are one for so many that run,"""
 LONGEST_WAIT = 8

@@ -49,7 +49,7 @@ def start(config: Any, make: Any) -> Any:
     )
 
 
-def request(name: str, prompt: list[int], max_tokens: int, extra_args: Any = None) -> Any:
+def request(name: str, prompt: list[int], max_tokens: int, **more: Any) -> Any:
     from vllm import SamplingParams
     from vllm.utils.hashing import get_hash_fn_by_name
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -60,7 +60,7 @@ def request(name: str, prompt: list[int], max_tokens: int, extra_args: Any = Non
     return Request(
         name,
         prompt,
-        SamplingParams(max_tokens=max_tokens, ignore_eos=True, logprobs=0, extra_args=extra_args),
+        SamplingParams(max_tokens=max_tokens, ignore_eos=True, logprobs=0, **more),
         None,
         block_hasher=get_request_block_hasher(BLOCK, hash_block),
     )
@@ -105,8 +105,10 @@ def follow(scheduler: Any, num_ahead: int) -> tuple[list[Any], dict[str, Any]]:
     while waiting or scheduler.has_requests():
         for _ in range(min(len(waiting), generator.choice([0, 0, 0, 1, 2]))):
             name, prompt, length = waiting.pop(0)
-            late = None if name.endswith("2") else {OUTPUTS_AT_THE_END: True}
-            scheduler.add_request(request(name, prompt, length, late))
+            at_once, stops = name.endswith("2"), name.endswith("1")
+            more: dict[str, Any] = {} if at_once else {"extra_args": {OUTPUTS_AT_THE_END: True}}
+            more |= {"stop_token_ids": [7], "min_tokens": length} if stops else {}
+            scheduler.add_request(request(name, prompt, 99 if stops else length, **more))
         scheduled = scheduler.schedule()
         running.append((scheduled, sampled(scheduled, scheduler)))
         if len(running) > num_ahead:
