@@ -67,16 +67,23 @@ def request(name: str, prompt: list[int], max_tokens: int, **more: Any) -> Any:
 
 
 def sampled(scheduled: Any, scheduler: Any) -> Any:
-    """A token for each request whose prompt this step completes, or completed before; to be asked right after scheduling."""
+    """A token for each request whose prompt this step completes, or completed before, and 9 once it may end; to be asked right
+    after scheduling."""
     from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
     names = [*scheduled.num_scheduled_tokens]
     rows = np.arange(len(names))
     requests = [scheduler.requests[name] for name in names]
+    may_end = [
+        0 < one.sampling_params.min_tokens <= one.num_computed_tokens - one.num_prompt_tokens + 1 for one in requests
+    ]
     return ModelRunnerOutput(
         req_ids=names,
         req_id_to_index={name: index for index, name in enumerate(names)},
-        sampled_token_ids=[[7] if one.num_computed_tokens >= one.num_tokens else [] for one in requests],
+        sampled_token_ids=[
+            [9 if ends else 7] if one.num_computed_tokens >= one.num_tokens else []
+            for one, ends in zip(requests, may_end, strict=True)
+        ],
         logprobs=LogprobsLists(7 + 0 * rows[:, None], -np.random.rand(len(rows), 1).astype(np.float32), rows),
         prompt_logprobs_dict={},
         pooler_output=[],
@@ -107,7 +114,7 @@ def follow(scheduler: Any, num_ahead: int) -> tuple[list[Any], dict[str, Any]]:
             name, prompt, length = waiting.pop(0)
             at_once, stops = name.endswith("2"), name.endswith("1")
             more: dict[str, Any] = {} if at_once else {"extra_args": {OUTPUTS_AT_THE_END: True}}
-            more |= {"stop_token_ids": [7], "min_tokens": length} if stops else {}
+            more |= {"stop_token_ids": [9], "min_tokens": length} if stops else {}
             scheduler.add_request(request(name, prompt, 99 if stops else length, **more))
         scheduled = scheduler.schedule()
         running.append((scheduled, sampled(scheduled, scheduler)))
@@ -157,6 +164,7 @@ def test_every_token_lies_where_vllm_would_put_it(
     found, sent = follow(start(config, make_scheduler), int(is_async))
     assert found == theirs
     assert sent == sent_by_them
+    assert len({len(tokens) for name, (tokens, *_) in sent.items() if tokens[-1] == 9}) > 3, "some stop, not at once"
     assert tally.num_tokens == sum(len(tokens) for tokens, *_ in sent.values())
     hits = [computed for step in found for name, (_, computed) in step[2].items() if name.endswith("again")]
     assert max(hits) > 3 * BLOCK, "what was sampled is in the prefix cache"
