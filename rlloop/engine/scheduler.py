@@ -40,7 +40,6 @@ def make_scheduler(vllm_config: Any, **arguments: Any) -> Any:
     base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     scheduler: Any = type(base.__name__, (LeanScheduler, base), {})(vllm_config=vllm_config, **arguments)
     scheduler.tally = Tally(os.environ[TALLY])
-    scheduler.is_async = base is AsyncScheduler
     scheduler.begins_together = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
     _skip_open_blocks(scheduler)
     return scheduler
@@ -79,7 +78,7 @@ class LeanScheduler:
     max_num_running_reqs: int
     tally: Tally
     max_model_len: int
-    is_async = False
+    scheduler_config: Any
     begins_together = False
     open_block_size = 0
     """Tokens of a block of the KV cache; 0 where something else may happen within one."""
@@ -134,7 +133,8 @@ class LeanScheduler:
         from vllm.v1.request import RequestStatus
 
         rest, now = dict(scheduled), time.monotonic()
-        num_tokens, since, size = 0, now, self.open_block_size
+        num_tokens, since = 0, now
+        size, is_async = self.open_block_size, self.scheduler_config.async_scheduling
         for index, (name, request) in enumerate(requests.items()):
             sampled = output.sampled_token_ids[index]
             if (
@@ -157,11 +157,14 @@ class LeanScheduler:
                 continue
             del rest[name]
             request.num_in_flight_tokens -= 1
-            request.num_output_placeholders -= self.is_async
+            if is_async:  # it knew of the token before it was sampled
+                request.num_output_placeholders -= 1
             request._output_token_ids.append(sampled[0])
             request._all_token_ids.append(sampled[0])
             output.logprobs.slice_request(index, 1)
-            num_tokens, since, request.last_token_at = num_tokens + 1, min(since, request.last_token_at), now
+            num_tokens += 1
+            since = min(since, request.last_token_at)
+            request.last_token_at = now
         self.tally.add(num_tokens, now - since)
         return rest
 

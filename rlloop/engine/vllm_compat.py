@@ -129,6 +129,6 @@ def is_death(error: Exception) -> bool:
 
 def num_unwanted_tokens(request: Any) -> int:
     """Tokens of a request of vLLM's scheduler that are on their way, and were asked for before it had to give way."""
-    name = "num_stale_output_tokens" if hasattr(request, "num_stale_output_tokens") else "async_tokens_to_discard"
-    number: int = getattr(request, name)
-    return number
+    if hasattr(request, "num_stale_output_tokens"):
+        return request.num_stale_output_tokens
+    return request.async_tokens_to_discard  # vLLM 0.26

@@ -18,6 +18,7 @@ import pytest
 
 from rlloop.checkpoint import Checkpoint, newest_checkpoint
 
+DATASET = Path(__file__).parents[2] / "examples" / "sft" / "questions.jsonl"
 # Notes what it has seen of the engine, because completions/ has neither token ids nor logprobs.
 TOY = """
 import json
@@ -130,7 +131,9 @@ def start(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             "checkpoint.every": 1,
             "checkpoint.keep": 99,
         }
-        if algorithm != "sft":
+        if algorithm == "sft":
+            settings |= {"dataset": DATASET}
+        else:
             settings |= {
                 "env": "toy:Toy",
                 "env_args": f'{{"note": "{run_dir}.note.jsonl"}}',
@@ -148,7 +151,13 @@ def start(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                 command += [f"--{name}", str(value)]
         with output.open("w") as file:
             popen = subprocess.Popen(
-                [*command, *flags], cwd=folder, stdout=file, stderr=subprocess.STDOUT, text=True, start_new_session=True
+                [*command, *flags],
+                cwd=folder,
+                env={**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
             )
         started.append(RlloopProcess(run_dir, popen, output))
         return started[-1]

@@ -8,9 +8,6 @@ import pytest
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 
-DATASET = Path(__file__).parents[2] / "examples" / "sft" / "questions.jsonl"
-
-
 def test_a_killed_engine_ends_the_run_with_an_error_that_says_so(start: Any, tmp_path: Path) -> None:
     run = start(tmp_path / "run", "--num_steps", "1000")
     run.wait_for_steps(2)
@@ -21,12 +18,9 @@ def test_a_killed_engine_ends_the_run_with_an_error_that_says_so(start: Any, tmp
     assert run.left_behind() == []
 
 
-def test_a_killed_rank_ends_the_run_with_an_error_that_says_so(
-    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_rank_ends_the_run_with_an_error_that_says_so(start: Any, tmp_path: Path) -> None:
     """Without an engine, whose start takes longer than all the rest."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    run = start(tmp_path / "run", "--num_steps", "1000", "--dataset", str(DATASET), algorithm="sft")
+    run = start(tmp_path / "run", "--num_steps", "1000", algorithm="sft")
     run.wait_for_steps(2)
     os.kill(run.find("spawn_main").pid, signal.SIGKILL)
     assert run.wait(40) == 1, run.text()
