@@ -46,7 +46,7 @@ class Evaluation:
                 groups.append(await self._sample(prompt, version))
 
         try:
-            with self._refit.pin() as version:
+            async with self._refit.pin() as version:
                 task_status.started()
                 async with create_task_group() as members:
                     for prompt in self._prompts:

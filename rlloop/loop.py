@@ -189,23 +189,24 @@ class Loop:
     async def _sample_next(self) -> Group | None:
         ordinal, index, seed = self._ledger.next()
         prompt = Prompt(ordinal, index, seed, self._stages.task(index))
-        with self._refit.lease() as version, CancelScope() as scope:
-            self._backlog.start(version)
-            self._scopes[version].add(scope)
-            self.num_in_flight += 1
-            group = None
-            reason: DropReason | None = "stale"  # if the scope is cancelled
-            try:
-                group = await self._stages.sample(prompt, version)
-                self.failures.update(failure.kind for failure in group.failures)
-                if group.rewards:
-                    self._ledger.answered(ordinal, index, fmean(group.rewards))
-                reason = self._reason_to_drop(group)
-            except PromptTooLong:
-                reason = "too_long"
-            finally:
-                self.num_in_flight -= 1
-                self._scopes[version].discard(scope)
+        async with self._refit.lease() as version:
+            with CancelScope() as scope:
+                self._backlog.start(version)
+                self._scopes[version].add(scope)
+                self.num_in_flight += 1
+                group = None
+                reason: DropReason | None = "stale"  # if the scope is cancelled
+                try:
+                    group = await self._stages.sample(prompt, version)
+                    self.failures.update(failure.kind for failure in group.failures)
+                    if group.rewards:
+                        self._ledger.answered(ordinal, index, fmean(group.rewards))
+                    reason = self._reason_to_drop(group)
+                except PromptTooLong:
+                    reason = "too_long"
+                finally:
+                    self.num_in_flight -= 1
+                    self._scopes[version].discard(scope)
         if group is not None and reason == "filtered":
             self._filtered.append(group)
         if reason in (None, "filtered"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import anyio
 import numpy as np
@@ -32,8 +32,8 @@ def test_answers_to_one_prompt_are_no_independent_draws() -> None:
 
 
 class FakeRefit:
-    @contextmanager
-    def pin(self) -> Iterator[int]:
+    @asynccontextmanager
+    async def pin(self) -> AsyncIterator[int]:
         yield 0
 
 

@@ -100,13 +100,14 @@ class Canary:
 
     async def _sample(self) -> list[list[Completion]]:
         """What each engine answers."""
-        with self._refit.pin() as version, self._events.span("canary", "refit", policy_version=version):
+        async with self._refit.pin() as version:
             requests = [
                 replace(self._request, policy_version=version, seed=version + number)
                 for number in range(NUM_COMPLETIONS)
             ]
-            async with create_task_group() as tasks:
-                asked = [[tasks.start_soon(engine.generate, each) for each in requests] for engine in self._engines]
+            with self._events.span("canary", "refit", policy_version=version):
+                async with create_task_group() as tasks:
+                    asked = [[tasks.start_soon(engine.generate, each) for each in requests] for engine in self._engines]
             return [[completion for answer in answers for completion in await answer] for answers in asked]
 
     def _compare(self, engine: int, completions: Sequence[Completion], by_trainer: Sequence[FloatArray]) -> float:

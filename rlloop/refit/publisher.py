@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from time import monotonic
 
@@ -41,18 +41,22 @@ class Refit:
         self._leases: Counter[int] = Counter()
         self._served: set[int] = set()
         self._lease_ended = Event()
+        self._replaced = Event()
+        """Where there is room for one version: not set while it gives way to the next, for which whoever wants one waits."""
         self.latest = -1
         """The newest version that the engine serves."""
 
-    @contextmanager
-    def lease(self) -> Iterator[int]:
+    @asynccontextmanager
+    async def lease(self) -> AsyncIterator[int]:
         """The newest version, to begin with; it stays loaded until the block ends unless requests move on to the next."""
-        with self.pin() if self.in_flight == "finish" else nullcontext(self.latest) as version:
+        async with self.pin() if self.in_flight == "finish" else nullcontext(self.latest) as version:
             yield version
 
-    @contextmanager
-    def pin(self) -> Iterator[int]:
+    @asynccontextmanager
+    async def pin(self) -> AsyncIterator[int]:
         """The newest version, which stays loaded until the block ends."""
+        while not self._replaced.is_set():
+            await self._replaced.wait()
         version = self.latest
         self._leases[version] += 1
         try:
@@ -67,13 +71,16 @@ class Refit:
         Raises RefitError when what the engine holds is not what the trainer sent.
         """
         started = monotonic()
+        if self._num_versions == 1:
+            self._replaced = Event()
         with self._events.span("refit", "refit", policy_version=version):
             ticket = None if self._form == "full" else await self._trainer.export_adapter(self._adapter)
-            await self._make_room()  # last, for nothing may lease a version that is overwritten
+            await self._make_room()
             with CancelScope(shield=True):  # a version that is loaded is known, and so retired
                 report = await self._load(version, ticket)
                 self._served.add(version)
         self.latest = version
+        self._replaced.set()
         return replace(report, publish_seconds=monotonic() - started)
 
     async def retire_all(self) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 import anyio
+import anyio.lowlevel
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,18 @@ from rlloop.types import AdamConfig, AdapterTicket, InFlight, LoraConfig, RefitR
 pytestmark = pytest.mark.anyio
 
 
+class InWeights(FakeEngine):
+    """As vLLM where a version's weights take the place of those before: meanwhile it serves none."""
+
+    async def publish(self, version: int, ticket: Ticket) -> RefitReport:
+        self.versions.clear()
+        await anyio.sleep(0.002)
+        return await super().publish(version, ticket)
+
+    async def retire(self, version: int) -> None:
+        self.versions.discard(version)
+
+
 async def make_refit(engine: FakeEngine, num_versions: int, in_flight: InFlight = "finish") -> Refit:
     trainer = FakeTrainer()
     await trainer.create_adapter("policy", LoraConfig())
@@ -30,9 +43,9 @@ async def test_a_lease_is_on_the_newest_version(anyio_backend: str) -> None:
     engine = FakeEngine()
     refit = await make_refit(engine, 3)
     await refit.publish(0)
-    with refit.lease() as old:
+    async with refit.lease() as old:
         await refit.publish(1)
-        with refit.lease() as new:
+        async with refit.lease() as new:
             assert (old, new) == (0, 1)
             assert engine.versions == {0, 1}
     await refit.publish(2)
@@ -43,7 +56,7 @@ async def test_a_leased_version_stays_and_others_go(anyio_backend: str) -> None:
     engine = FakeEngine()
     refit = await make_refit(engine, 3)
     await refit.publish(0)
-    with refit.lease():
+    async with refit.lease():
         for version in range(1, 6):
             await refit.publish(version)
             assert engine.versions == {0, version - 1, version}
@@ -56,10 +69,10 @@ async def test_a_lease_keeps_nothing_where_requests_move_on(in_flight: InFlight,
     engine = FakeEngine()
     refit = await make_refit(engine, 3, in_flight)
     await refit.publish(0)
-    with refit.lease() as begins_with, refit.pin() as pinned:
+    async with refit.lease() as begins_with, refit.pin() as pinned:
         assert (begins_with, pinned) == (0, 0)
         await refit.publish(1)
-        with refit.lease() as next_one:
+        async with refit.lease() as next_one:
             assert next_one == 1
             for version in range(2, 5):
                 await refit.publish(version)
@@ -78,13 +91,32 @@ async def test_with_room_for_one_the_next_takes_its_place_when_nobody_has_leased
         await refit.publish(3)
         log.append("published")
 
-    async with anyio.create_task_group() as tasks:
-        with refit.lease() as version:
-            tasks.start_soon(publish)
-            await anyio.wait_all_tasks_blocked()
-            assert (version, refit.latest) == (2, 2)
-            log.append("done")
+    async with anyio.create_task_group() as tasks, refit.lease() as version:
+        tasks.start_soon(publish)
+        await anyio.wait_all_tasks_blocked()
+        assert (version, refit.latest) == (2, 2)
+        log.append("done")
     assert log == ["done", "published"]
+
+
+@pytest.mark.parametrize("waits_for", ["the last request", "the weights"])
+async def test_who_comes_while_the_only_version_gives_way_gets_the_next(waits_for: str, anyio_backend: str) -> None:
+    refit = await make_refit(engine := InWeights(), 1)
+    await refit.publish(0)
+    leased = []
+
+    async def come() -> None:
+        async with refit.lease() as version:
+            assert engine.versions == {version}
+            leased.append(version)
+
+    async with anyio.create_task_group() as tasks, refit.lease() if waits_for == "the last request" else nullcontext():
+        tasks.start_soon(refit.publish, 1)
+        await anyio.lowlevel.checkpoint()
+        await anyio.lowlevel.checkpoint()
+        tasks.start_soon(come)
+        await anyio.lowlevel.checkpoint()
+    assert leased == [1]
 
 
 async def test_publish_waits_for_a_slot(anyio_backend: str) -> None:
@@ -94,7 +126,7 @@ async def test_publish_waits_for_a_slot(anyio_backend: str) -> None:
     log = []
 
     async def use(seconds: float) -> None:
-        with refit.lease() as version:
+        async with refit.lease() as version:
             await anyio.sleep(seconds)
             log.append(f"done with {version}")
 
@@ -125,27 +157,27 @@ async def test_a_refused_version_is_not_leased(anyio_backend: str) -> None:
     with pytest.raises(RefitError):
         await refit.publish(1)
     assert refit.latest == 0
-    with refit.lease() as version:
+    async with refit.lease() as version:
         assert version == 0
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @settings(max_examples=30, deadline=None)
 @given(
-    num_versions=st.integers(2, 5),
+    num_versions=st.integers(1, 5),
     stays=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 12)), max_size=12),
 )
 def test_whatever_is_leased_is_served(backend: str, num_versions: int, stays: list[tuple[int, int]]) -> None:
     """Leases that begin and end at random times: a version in use is served, and there are never too many."""
 
     async def run() -> None:
-        engine = FakeEngine()
+        engine = InWeights() if num_versions == 1 else FakeEngine()
         refit = await make_refit(engine, num_versions)
         await refit.publish(0)
 
         async def use(begin: int, duration: int) -> None:
             await anyio.sleep(begin / 1000)
-            with refit.lease() as version:
+            async with refit.lease() as version:
                 for _ in range(duration):
                     assert version in engine.versions
                     await anyio.sleep(0.001)
