@@ -204,10 +204,17 @@ def _engine_settings(settings: RunSettings, placement: Placement) -> EngineSetti
 
 
 def load_tokenizer(model: str, chat_template_kwargs: Mapping[str, Any]) -> Any:
-    """That of a folder in transformers' format; its chat template gets these variables, whoever renders it."""
+    """That of a folder in transformers' format; its chat template gets these variables, whoever renders it.
+
+    Raises ConfigError where there is none.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--model: expected a model with its tokenizer's files, got {model}: {reason}") from error
     if chat_template_kwargs:
         tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **chat_template_kwargs)
     return tokenizer

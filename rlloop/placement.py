@@ -73,7 +73,8 @@ class Placement:
 def place(settings: RunSettings) -> Placement:
     """What this machine offers to this run. Blocks: it looks at the model, and may ask nvidia-smi.
 
-    Raises ConfigError for what it does not offer, and as `split_cores`, `split_gpus`, `check_transport` and `resolve_model` do.
+    Raises ConfigError for what it does not offer, and as `split_cores`, `split_gpus`, `check_transport`, `check_memory` and
+    `resolve_model` do.
     """
     dtype, wanted = resolve_dtype(settings), settings.placement
     if has_gpu():
@@ -81,7 +82,9 @@ def place(settings: RunSettings) -> Placement:
         fit = partial(_smallest_fit, settings, dtype)
         placement = split_gpus(settings, dtype, len(visible_gpus()), fit)
         check_transport(settings, placement)
-        return replace(placement, kv_cache_gib=_kv_cache_gib(settings, placement))
+        placement = replace(placement, kv_cache_gib=_kv_cache_gib(settings, placement))
+        check_memory(settings, placement)
+        return placement
     for flag, is_set in (
         ("colocate", wanted.colocate),
         ("engines-a-gpu", wanted.engines_a_gpu > 1),
@@ -93,7 +96,10 @@ def place(settings: RunSettings) -> Placement:
                 f"--placement.{flag}: expected GPUs, found none; on a CPU set --engine.cpu-cores and --trainer.cpu-cores"
             )
     tensor_parallel, _ = _smallest_fit(settings, dtype, [wanted.tensor_parallel or 1])
-    return Placement(dtype, *split_cores(settings, os.sched_getaffinity(0)), wanted.replicas or 1, tensor_parallel)
+    cores = split_cores(settings, os.sched_getaffinity(0))
+    placement = Placement(dtype, *cores, wanted.replicas or 1, tensor_parallel)
+    check_transport(settings, placement)
+    return placement
 
 
 def place_trainer(settings: TrainingSettings) -> Placement:
@@ -209,13 +215,44 @@ def split_gpus(
 
 
 def check_transport(settings: RunSettings, placement: Placement) -> None:
-    """Raises ConfigError for a broadcast between ranks that share a GPU."""
+    """Raises ConfigError for CUDA IPC without GPUs, and for a broadcast between ranks that share one."""
+    if settings.refit.transport == "cuda_ipc" and not placement.trainer_gpus:
+        raise ConfigError(
+            "--refit.transport cuda_ipc: expected GPUs, found none; on a CPU leave it out, or use memory, broadcast or disk"
+        )
     gpus = (*placement.engine_gpus, *placement.trainer_gpus[:1])
     if settings.refit.transport == "broadcast" and len({*gpus}) < len(gpus):
         raise ConfigError(
             "--refit.transport broadcast: expected a GPU for each rank of engines and one for the trainer's first, as NCCL "
             f"does, got {', '.join(map(str, gpus))}; use cuda_ipc"
         )
+
+
+def check_memory(settings: RunSettings, placement: Placement) -> None:
+    """Raises ConfigError where a GPU cannot hold what is sure to lie on it: weights, and KV caches of a fixed size. It says
+    nothing of activations. `--placement.tensor-parallel` asks for a try all the same."""
+    cache = settings.engine.kv_cache_gib or placement.kv_cache_gib
+    if settings.placement.tensor_parallel or cache is None:
+        return
+    weights, megatron = weight_bytes(resolve_model(settings.model), placement.dtype), settings.trainer.megatron
+    of_engine = _copies(settings) * weights / placement.tensor_parallel
+    of_trainer = weights / (megatron.tensor_parallel * megatron.pipeline_parallel)
+    for gpu in sorted({*placement.engine_gpus}):
+        num_engines, has_trainer = placement.engine_gpus.count(gpu), gpu in placement.trainer_gpus
+        needed = num_engines * (of_engine + (cache << 30)) + has_trainer * of_trainer
+        if needed > (found := gpu_bytes()):
+            parts = [f"{num_engines} x {of_engine / 1e9:.1f} GB of weights and {cache} GiB of KV cache in engines"]
+            parts += [f"{of_trainer / 1e9:.1f} GB of weights in the trainer"] if has_trainer else []
+            raise ConfigError(
+                f"--placement: expected a GPU with more than {needed / 1e9:.1f} GB ({', '.join(parts)}), found {found / 1e9:.1f} "
+                "GB; take more GPUs or a smaller --engine.kv-cache-gib, or, to try it all the same, set "
+                "--placement.tensor-parallel"
+            )
+
+
+def _copies(settings: RunSettings) -> int:
+    """Of its weights that an engine keeps."""
+    return 2 if settings.refit.form == "merged" else 1
 
 
 def _engine_sizes(settings: RunSettings, num_gpus: int, *, is_exact: bool) -> list[int]:
@@ -274,8 +311,6 @@ def _smallest_fit(settings: RunSettings, dtype: Dtype, sizes: Sequence[int]) -> 
     if list(sizes) == [1]:
         return 1, ""
     model = resolve_model(settings.model)
-    if isinstance(model, str):
-        return sizes[0], "how large a model on the hub is, is not known before it is loaded" if len(sizes) > 1 else ""
     possible = [size for size in sizes if cannot_be_shared(model, size) is None]
     if not possible:
         raise ConfigError(
@@ -283,15 +318,14 @@ def _smallest_fit(settings: RunSettings, dtype: Dtype, sizes: Sequence[int]) -> 
         )
     if len(possible) == 1:
         return possible[0], ""
-    copies = 2 if settings.refit.form == "merged" else 1
-    num_bytes, room = copies * weight_bytes(model, dtype), _room_for_weights(settings)
+    num_bytes, room = _copies(settings) * weight_bytes(model, dtype), _room_for_weights(settings)
     for size in possible:
         if num_bytes <= size * room:
             return size, f"{num_bytes / 1e9:.1f} GB of weights, of a GPU {room / 1e9:.1f} GB at most"
     raise ConfigError(
         f"--placement: expected GPUs for {num_bytes / 1e9:.1f} GB of weights in one engine, found {possible[-1]} x "
-        f"{room / 1e9:.1f} GB beside the KV cache (--engine.gpu-memory-utilization or --engine.kv-cache-gib); to try it all the "
-        "same, set --placement.tensor-parallel"
+        f"{max(0, room) / 1e9:.1f} GB beside the KV cache (--engine.gpu-memory-utilization or --engine.kv-cache-gib); to try it "
+        "all the same, set --placement.tensor-parallel"
     )
 
 

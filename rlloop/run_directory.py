@@ -38,7 +38,7 @@ class RunDirectory:
 
     path: Path
     attempt: int
-    """1 for the first start; every --resume adds one. What a later attempt logs of a step supersedes earlier ones."""
+    """1 for the first start; each that goes on there adds one. What a later attempt logs of a step supersedes earlier ones."""
     config_sha256: str
     """Of config.toml."""
     _lock: IO[str]
@@ -72,7 +72,8 @@ class RunDirectory:
 
 
 def open_run_directory(settings: TrainingSettings) -> RunDirectory:
-    """Create `settings.run_dir`; with `overwrite` empty it first, with `resume` go on in it.
+    """Create `settings.run_dir`; with `overwrite` empty it first, with `resume` go on in it. One in which no step was made, for
+    its start failed, may be used once more.
 
     A run that was started but has no checkpoint yet can be resumed: it begins anew, as its next attempt.
 
@@ -91,7 +92,7 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
             _empty(path)
         if settings.resume:
             _check_fixed(path, settings)
-        attempt = int(lock.read() or 0) + 1 if settings.resume else 1
+        attempt = 1 if settings.overwrite else int(lock.read() or 0) + 1
         lock.seek(0)
         lock.truncate()
         lock.write(f"{attempt}\n")
@@ -118,7 +119,7 @@ def _check(path: Path, settings: TrainingSettings) -> None:
     if settings.resume and not started:
         state = "is empty" if path.exists() else "does not exist"
         raise RunDirectoryError(f"--resume: --run-dir {path} {state}, so there is nothing to resume; start it without")
-    if started and not settings.resume and not settings.overwrite:
+    if started and _has_steps(path) and not settings.resume and not settings.overwrite:
         raise RunDirectoryError(
             f"--run-dir {path} holds a run already: --resume continues it, --overwrite deletes it and starts anew, "
             "or choose another --run-dir"
@@ -130,6 +131,11 @@ def _check(path: Path, settings: TrainingSettings) -> None:
                 f"--overwrite would delete --{name.replace('_', '-')} {needed} with all of --run-dir {path}: choose another "
                 "--run-dir"
             )
+
+
+def _has_steps(path: Path) -> bool:
+    metrics = path / "metrics.jsonl"
+    return (metrics.exists() and metrics.stat().st_size > 0) or any(path.glob("checkpoints/*"))
 
 
 def _lock(path: Path) -> IO[str]:

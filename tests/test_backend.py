@@ -215,6 +215,12 @@ def test_a_run_may_need_less(tmp_path: Path) -> None:
     backend.check(grpo.Config(lora={"rank": 8}, max_staleness=0, seed=3, group_size=2))
 
 
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match=r"^--model: expected a model with its tokenizer.s files, got "):
+        load_tokenizer(str(tmp_path), {})
+
+
 def test_a_chat_template_gets_its_variables_whoever_renders_it(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_llama), {"mood": "calm"})
     tokenizer.chat_template = "{{ mood }} {{ messages[0]['content'] }}"
@@ -252,12 +258,13 @@ def test_each_engine_gets_gpus_of_its_own(replicas: int, tmp_path: Path, monkeyp
 
     monkeypatch.setattr("rlloop.placement.visible_gpus", lambda: list("abcd"))
     monkeypatch.setattr("rlloop.backend.load_tokenizer", lambda model, chat_template_kwargs: None)
+    (tmp_path / "config.json").touch()
     monkeypatch.setattr("rlloop.engine.vllm.start_vllm", start)
     monkeypatch.setattr("rlloop.trainer.kinds.trainer_class", lambda kind: trainer)
     placement = Placement("bfloat16", None, None, replicas, 2 // replicas, (0, 1), (2, 3), kv_cache_gib=7)
 
     async def run() -> None:
-        settings = RunSettings(model="owner/name", groups_per_step=8, group_size=5, max_staleness=1)
+        settings = RunSettings(model=str(tmp_path), groups_per_step=8, group_size=5, max_staleness=1)
         async with open_backend(settings, "marker", tmp_path, placement=placement) as backend:
             if replicas == 1:
                 assert backend.engine is engines["engine.log"]

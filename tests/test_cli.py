@@ -78,8 +78,8 @@ def test_an_error_says_where_the_logs_are(
 def test_an_error_before_the_run_begins_does_not_point_to_another_runs_logs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with open_run_directory(RunSettings(run_dir=tmp_path / "run")):
-        pass
+    with open_run_directory(RunSettings(run_dir=tmp_path / "run")) as directory:
+        (directory.checkpoints / "step_000001").touch()
     assert cli.main(["grpo", "--run_dir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert "holds a run already" in error

@@ -12,9 +12,34 @@ from rlloop.errors import ConfigError
 from rlloop.models import SMOLLM2, cache_folder, check_adapter, resolve_model
 
 
-def test_a_hub_id_is_passed_on() -> None:
-    assert resolve_model("Qwen/Qwen2.5-0.5B-Instruct") == "Qwen/Qwen2.5-0.5B-Instruct"
-    assert resolve_model("gpt2") == "gpt2"
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Hugging Face's, on a machine without a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def cached(cache: Path, name: str, *files: str) -> Path:
+    repository = cache / f"models--{name.replace('/', '--')}"
+    for file in ("refs/main", *(f"snapshots/{'a' * 40}/{file}" for file in files)):
+        (repository / file).parent.mkdir(parents=True, exist_ok=True)
+        (repository / file).write_text("a" * 40)
+    return repository / "snapshots" / ("a" * 40)
+
+
+def test_a_hub_id_is_the_folder_of_what_was_downloaded(hub_cache: Path) -> None:
+    for name in ("owner/model-1.5", "gpt3"):
+        folder = cached(hub_cache, name, "config.json", "model.safetensors")
+        assert resolve_model(name) == folder
+
+
+def test_what_cannot_be_downloaded_is_refused(hub_cache: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--model: expected a hub id that can be downloaded .*'no/model': "):
+        resolve_model("no/model")
+    cached(hub_cache, "no/weights", "config.json", "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"with \*\.safetensors, got 'no/weights', which has none"):
+        resolve_model("no/weights")
 
 
 def test_a_local_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

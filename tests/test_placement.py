@@ -385,11 +385,40 @@ def test_a_model_that_the_gpus_cannot_hold_or_share_is_refused(tmp_path: Path) -
     assert place(RunSettings(model=few, placement={"tensor_parallel": 2})).replicas == 1
 
 
-@pytest.mark.usefixtures("four_gpus")
-def test_of_a_model_on_the_hub_no_size_is_known() -> None:
-    found = place(RunSettings(model="owner/name"))
-    assert (found.replicas, found.tensor_parallel) == (3, 1)
-    assert "how large a model on the hub is" in str(found)
+@pytest.mark.parametrize(
+    ("settings", "num_gigabytes", "needed"),
+    [
+        ({}, 40, None),  # 40 + 40 GB, and a cache of 14 GiB
+        (
+            {},
+            66,
+            r"81\.0 GB .1 x 33\.0 GB of weights and 14 GiB of KV cache in engines, 33\.0 GB of weights in the trainer",
+        ),
+        ({"refit": {"form": "merged"}}, 40, None),
+        ({"refit": {"form": "merged"}}, 46, r"84\.0 GB"),  # 2 x 23 + 15 + 23
+        ({"placement": {"engines_a_gpu": 2}}, 48, r"87\.0 GB"),  # 2 x (24 + 7.5) + 24
+        ({"engine": {"kv_cache_gib": 70}}, 2, None),
+        ({"engine": {"kv_cache_gib": 75}}, 2, r"82\.5 GB"),
+        ({"engine": {"kv_cache_gib": 75}, "placement": {"tensor_parallel": 1}}, 2, None),
+    ],
+)
+def test_one_gpu_must_hold_weights_and_caches(
+    settings: dict[str, Any], num_gigabytes: float, needed: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlloop.placement.visible_gpus", lambda: ["0"])
+    monkeypatch.setattr("rlloop.placement.gpu_bytes", lambda: 80 * 10**9)
+    run = RunSettings(model=model_folder(tmp_path, num_gigabytes), **settings)
+    if needed is None:
+        assert place(run).engine_gpus == (0,)
+    else:
+        with pytest.raises(ConfigError, match=f"--placement: expected a GPU with more than {needed}"):
+            place(run)
+
+
+def test_cuda_ipc_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlloop.placement.visible_gpus", list)
+    with pytest.raises(ConfigError, match=r"--refit.transport cuda_ipc: expected GPUs, found none"):
+        place(RunSettings(refit={"transport": "cuda_ipc"}))
 
 
 @pytest.mark.usefixtures("four_gpus")

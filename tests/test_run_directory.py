@@ -37,10 +37,18 @@ def test_an_existing_empty_directory_can_be_used(tmp_path):
     assert start(tmp_path).attempt == 1
 
 
-def test_a_used_directory_is_refused(tmp_path):
-    start(tmp_path)
+@pytest.mark.parametrize("made", ["metrics.jsonl", "checkpoints/step_000001"])
+def test_a_used_directory_is_refused(made, tmp_path):
+    (start(tmp_path).path / made).write_text("{}")
     with pytest.raises(RunDirectoryError, match="holds a run already: --resume continues it, --overwrite deletes it"):
         start(tmp_path)
+
+
+def test_one_whose_start_failed_can_be_used_once_more(tmp_path):
+    (start(tmp_path, seed=3).path / "metrics.jsonl").touch()
+    again = start(tmp_path, seed=4)
+    assert again.attempt == 2
+    assert "seed = 4" in (again.path / "config.toml").read_text()
 
 
 def test_resume_counts_attempts_and_keeps_what_is_there(tmp_path):

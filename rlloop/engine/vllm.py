@@ -19,6 +19,7 @@ from rlloop.engine.scheduler import OUTPUTS_AT_THE_END, SCHEDULER, TALLY
 from rlloop.engine.tally import Tally
 from rlloop.engine.vllm_start import start_llm
 from rlloop.errors import EngineError, RefitError
+from rlloop.models import weight_bytes
 from rlloop.types import Completion, EngineStatistics, GenerationRequest, LoraConfig, RefitForm, RefitReport, Ticket
 
 WORKER_EXTENSION = "rlloop.refit.worker.LoraRefit"
@@ -134,10 +135,12 @@ class VllmEngine:
 
         ranks = await self._call_workers("refit_load", version, sent, self._form, self._serves_hops, on_answer=serve)
         if problem := _first_problem(ranks, ticket):
-            if any("swapped_at" in rank for rank in ranks):
-                self._versions.clear()  # the weights, or those of requests that hop, may be a mixture
             if version not in self._versions:  # some ranks may hold it
                 await self._call_workers("refit_drop", version)
+            if any(
+                "swapped_at" in rank for rank in ranks
+            ):  # the weights, or those of requests that hop, may be a mixture
+                self._versions.clear()  # not before: whoever is refused for it would hide the reason
             raise RefitError(f"the engine refused policy version {version}: {problem}")
         await self._restart_stale()
         return RefitReport(
@@ -336,7 +339,7 @@ async def start_vllm(
     tally = Tally()
     # Beside the weights that are merged, on each GPU.
     keeps = form == "merged" and cores is None and settings.kv_cache_gib is None
-    kept = vllm_arguments.base_bytes(model, dtype) // tensor_parallel if keeps else 0
+    kept = weight_bytes(Path(model), dtype) // tensor_parallel if keeps else 0
     arguments = {
         "model": model,
         "dtype": dtype,
@@ -355,7 +358,7 @@ async def start_vllm(
         return {TALLY: tally.location, **vllm_arguments.variables(settings, log_path, cores, tensor_parallel, gpus)}
 
     vllm_arguments.set_environment()
-    llm = await start_llm(arguments, variables)
+    llm = await start_llm(arguments, variables, log_path)
     try:
         yield VllmEngine(llm, tally, settings.max_model_len, log_path, serves_hops=serves_hops, form=form)
     finally:

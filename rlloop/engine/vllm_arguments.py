@@ -10,7 +10,6 @@ from typing import Any
 
 from rlloop.config import EngineSettings
 from rlloop.errors import ConfigError
-from rlloop.models import weight_bytes
 from rlloop.placement import divide, gpu_bytes, visible_gpus
 from rlloop.types import LoraConfig
 
@@ -27,17 +26,6 @@ def slots(number: int, lora: LoraConfig) -> dict[str, Any]:
         "max_lora_rank": next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= lora.rank),
         "lora_target_modules": list(lora.targets),
     }
-
-
-def base_bytes(model: str, dtype: str) -> int:
-    """Of the weights that are kept beside merged ones. Raises ConfigError for a model on the hub."""
-    folder = Path(model)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"--refit.form merged: expected a model's folder or --engine.kv-cache-gib, got {model}: how large a model on the hub "
-            "is, is not known before it is loaded"
-        )
-    return weight_bytes(folder, dtype)
 
 
 def device_arguments(settings: EngineSettings, cores: frozenset[int] | None, kept_bytes: int) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
@@ -18,10 +20,13 @@ _SPAWNING = Lock()
 """An engine's process inherits the environment, which is one engine's at a time. Once it is there, others may start beside it."""
 
 
-async def start_llm(arguments: Mapping[str, Any], variables: Callable[[], Mapping[str, str]]) -> Any:
+async def start_llm(arguments: Mapping[str, Any], variables: Callable[[], Mapping[str, str]], log_path: Path) -> Any:
     """An AsyncLLM with these arguments, in whose processes these variables are set; they are asked for when the environment is no
-    other engine's. Where the start is cancelled its processes end."""
-    start = _Start(arguments, variables)
+    other engine's. Where the start is cancelled its processes end.
+
+    Raises EngineError where vLLM refuses the arguments, or its processes, who log to `log_path`, fail.
+    """
+    start = _Start(arguments, variables, log_path)
     try:
         return await anyio.to_thread.run_sync(start.run, abandon_on_cancel=True)
     except anyio.get_cancelled_exc_class():
@@ -32,14 +37,25 @@ async def start_llm(arguments: Mapping[str, Any], variables: Callable[[], Mappin
 class _Start:
     """One that a thread runs, which cannot be stopped, but what it waits for."""
 
-    def __init__(self, arguments: Mapping[str, Any], variables: Callable[[], Mapping[str, str]]) -> None:
+    def __init__(
+        self, arguments: Mapping[str, Any], variables: Callable[[], Mapping[str, str]], log_path: Path
+    ) -> None:
         self._arguments = arguments
         self._variables = variables
+        self._log_path = log_path
+        self._logged_before = log_path.stat().st_size if log_path.exists() else 0
         self._is_abandoned = Event()
         self._processes: list[Any] = []
 
     def run(self) -> Any:
-        """Returns when the engine is ready."""
+        """Returns when the engine is ready. Raises EngineError."""
+        try:
+            return self._run()
+        except (RuntimeError, ValueError) as error:
+            cause = self._first_error() or " ".join(str(error).split())
+            raise EngineError(f"vLLM could not start: {cause} (its log: {self._log_path})") from error
+
+    def _run(self) -> Any:
         with ExitStack() as until_spawned:
 
             def spawned(processes: list[Any]) -> None:
@@ -68,6 +84,12 @@ class _Start:
         self._is_abandoned.set()
         for process in self._processes:
             process.terminate()
+
+    def _first_error(self) -> str | None:
+        """That its processes logged: vLLM itself only says that there was one."""
+        logged = self._log_path.read_bytes()[self._logged_before :] if self._log_path.exists() else b""
+        found = re.search(r"^[\w.]+(Error|Exception): .+$", logged.decode(errors="replace"), re.MULTILINE)
+        return found[0] if found else None
 
     def _check(self) -> None:
         if self._is_abandoned.is_set():

@@ -66,6 +66,29 @@ async def test_one_rank_is_enough_to_refuse_a_version(rank_1: dict[str, Any], me
         await engine.generate(GenerationRequest((1,), 5, max_tokens=1))
 
 
+async def test_no_request_is_refused_before_the_reason_is_raised() -> None:
+    """It would end the run in its place."""
+    request = GenerationRequest((1,), 4, max_tokens=1, in_flight="hop")
+
+    class Mixed(FakeLlm):
+        async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+            if method == "refit_drop":
+                engine._check(request)
+            return await super().collective_rpc(method, args)
+
+    llm = Mixed()
+    engine = VllmEngine(llm, Tally(), 100, Path("engine.log"), form="merged")
+    swapped = {"swapped_at": 0.0, "num_sampled": {}}
+    llm.ranks = [RIGHT | swapped] * 2
+    await engine.publish(4, TICKET)
+    llm.ranks = [RIGHT | swapped, RIGHT | swapped | {"digest": "old"}]
+    with pytest.raises(RefitError, match="rank 1 holds old"):
+        await engine.publish(5, TICKET)
+    assert llm.calls[-1] == ("refit_drop", 5)
+    with pytest.raises(EngineError, match="no policy version is loaded"):
+        engine._check(request)
+
+
 async def test_a_version_that_is_refused_because_it_is_there_stays() -> None:
     llm = FakeLlm()
     engine = VllmEngine(llm, Tally(), 100, Path("engine.log"))

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 
 from rlloop.engine import vllm_compat, vllm_start
 from rlloop.engine.vllm_start import start_llm
+from rlloop.errors import EngineError
 
+LOG = Path("/none/engine.log")
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]  # of vLLM
 
 
@@ -84,8 +87,8 @@ def test_each_process_has_its_own_environment_and_they_start_together(monkeypatc
 
     async def run() -> None:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(start_llm, {"model": "good"}, variables("a"))
-            tasks.start_soon(start_llm, {"model": "good"}, variables("b"))
+            tasks.start_soon(start_llm, {"model": "good"}, variables("a"), LOG)
+            tasks.start_soon(start_llm, {"model": "good"}, variables("b"), LOG)
 
     anyio.run(run)
     assert {name: each.variables for name, each in spawned.processes.items()} == {
@@ -101,14 +104,35 @@ def test_where_one_fails_the_others_end_at_once(monkeypatch: pytest.MonkeyPatch)
 
     async def run() -> None:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(start_llm, {"model": "slow"}, variables("slow"))
+            tasks.start_soon(start_llm, {"model": "slow"}, variables("slow"), LOG)
             await anyio.to_thread.run_sync(spawned.has_spawned.wait)
-            tasks.start_soon(start_llm, {"model": "bad"}, variables("bad"))
+            tasks.start_soon(start_llm, {"model": "bad"}, variables("bad"), LOG)
 
     with pytest.raises(ExceptionGroup) as raised:
         anyio.run(run)
-    assert [str(error) for error in raised.value.exceptions] == ["no such model"]
+    assert [str(error) for error in raised.value.exceptions] == [
+        f"vLLM could not start: no such model (its log: {LOG})"
+    ]
     assert spawned.processes["slow"].is_ended.is_set()
+    check_nothing_is_left(spawned)
+
+
+def test_what_its_processes_log_says_why_it_could_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spawned, log = Spawned(monkeypatch, 1), tmp_path / "engine.log"
+    log.write_text("ValueError: of an attempt before\n")
+
+    def fail() -> None:
+        with log.open("a") as file:
+            file.write(
+                "ERROR Traceback:\n    raise MemoryError\ntorch.OutOfMemoryError: no memory\nRuntimeError: a worker\n"
+            )
+        raise RuntimeError("See root cause above")
+
+    spawned.configuring = fail
+    with pytest.raises(
+        EngineError, match=r"^vLLM could not start: torch\.OutOfMemoryError: no memory \(its log: .*log\)$"
+    ):
+        anyio.run(start_llm, {"model": "good"}, variables("a"), log)
     check_nothing_is_left(spawned)
 
 
@@ -124,7 +148,7 @@ def test_what_is_cancelled_before_it_spawns_spawns_nothing(monkeypatch: pytest.M
 
     async def run() -> None:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(start_llm, {"model": "good"}, variables("a"))
+            tasks.start_soon(start_llm, {"model": "good"}, variables("a"), LOG)
             await anyio.to_thread.run_sync(configuring.wait)
             tasks.cancel_scope.cancel()
         cancelled.set()
