@@ -192,6 +192,9 @@ def measure(trainer: Any) -> list[dict[str, float]]:
             )
             metrics.clear()
             training[0] = 0.0
+            sys.stderr.write(
+                f"step {len(steps)}: {steps[-1]['seconds']:.1f} s, of training {steps[-1]['training']:.1f}\n"
+            )
 
     trainer.training_step = timed_pass
     trainer.add_callback(Steps())

@@ -141,7 +141,7 @@ def test_a_kernel_with_our_blocks_computes_the_product(
         vllms_blocks._LORA_A_PTR_DICT.clear()  # it knows tensors by their address
         matrices = [torch.randn(MAX_LORAS, 1, rank, features, device="cuda").bfloat16() for _ in range(number)]
         x = torch.randn(num_tokens, features, device="cuda").bfloat16()
-        slots = torch.arange(num_tokens, device="cuda") % (MAX_LORAS + 1) - 1  # -1: no adapter
+        slots = MAX_LORAS - 1 - torch.arange(num_tokens, device="cuda") % (MAX_LORAS + 1)  # -1: no adapter
         meta = LoRAKernelMeta.make(MAX_LORAS, 4096, device="cuda")
         meta.prepare_tensors(slots)
         h = torch.full((number, num_tokens, rank), torch.nan, device="cuda")
