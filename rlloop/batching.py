@@ -76,22 +76,27 @@ class _Unit:
         return self.pieces[0].split + sum(piece.num_own for piece in self.pieces)
 
 
-def pack(samples: Sequence[Sample], max_tokens: int, *, share_prefixes: bool = True) -> list[Microbatch]:
-    """Microbatches that together hold every loss token of the samples exactly once.
+def pack(
+    samples: Sequence[Sample], max_tokens: int, *, share_prefixes: bool = True, part: int = 0, num_parts: int = 1
+) -> list[Microbatch]:
+    """Microbatches that hold every loss token of the samples exactly once: this part's, of so many that compute side by side.
 
     No microbatch computes more than `max_tokens` tokens, except that a single sample longer than that gets one of its own.
-    Groups stay together where the budget allows it. Placement is best-fit decreasing (Johnson et al. 1974: at most 11/9
-    of the fewest microbatches). Samples without a loss token are left out.
+    Groups stay together where the budget allows it. Parts are made of groups before those are packed, so they differ by one
+    at most where groups are alike. Placement is best-fit decreasing (Johnson et al. 1974: at most 11/9 of the fewest
+    microbatches), the largest first. Samples without a loss token are left out.
 
     Raises ValueError when a sample's first token carries loss: nothing predicts it.
     """
     units = [unit for group in _groups(samples, share_prefixes) for unit in _split(group, max_tokens)]
+    units = _share(units, num_parts)[part]
     bins = _best_fit([unit.num_tokens for unit in units], max_tokens)
     if not bins:
         return []
     tokens = np.concatenate([sample.tokens for sample in samples], dtype=np.int64)
     offsets = np.cumsum([0] + [len(sample.tokens) for sample in samples])
-    return [_lay_out(tokens, offsets, [units[index] for index in indices]) for indices in bins]
+    found = [_lay_out(tokens, offsets, [units[index] for index in indices]) for indices in bins]
+    return sorted(found, key=lambda microbatch: -len(microbatch.tokens))
 
 
 def _groups(samples: Sequence[Sample], share_prefixes: bool) -> list[list[_Piece]]:
@@ -115,6 +120,17 @@ def _split(group: list[_Piece], max_tokens: int) -> list[_Unit]:
         return [whole]
     parts = _best_fit([piece.num_own for piece in group], max_tokens - group[0].split)
     return [_Unit([group[index] for index in indices]) for indices in parts]
+
+
+def _share(units: Sequence[_Unit], num_parts: int) -> list[list[_Unit]]:
+    """Largest first, each to the part with the fewest tokens (Graham 1969: at most 4/3 of what the fullest part must have)."""
+    parts: list[list[_Unit]] = [[] for _ in range(num_parts)]
+    loads = [0] * num_parts
+    for unit in sorted(units, key=lambda unit: -unit.num_tokens):
+        place = loads.index(min(loads))
+        parts[place].append(unit)
+        loads[place] += unit.num_tokens
+    return parts
 
 
 def _best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:

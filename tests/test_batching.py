@@ -44,9 +44,12 @@ def context_of(microbatch: Microbatch, index: int) -> list[int]:
 
 
 @settings(deadline=None)  # the machine may be busy
-@given(batches(), st.integers(1, 40), st.booleans())
-def test_every_loss_token_once_from_its_own_context(samples: list[Sample], max_tokens: int, share: bool) -> None:
-    microbatches = pack(samples, max_tokens, share_prefixes=share)
+@given(batches(), st.integers(1, 40), st.booleans(), st.integers(1, 3))
+def test_every_loss_token_once_from_its_own_context(
+    samples: list[Sample], max_tokens: int, share: bool, num_parts: int
+) -> None:
+    parts = [pack(samples, max_tokens, share_prefixes=share, part=p, num_parts=num_parts) for p in range(num_parts)]
+    microbatches = [microbatch for part in parts for microbatch in part]
     flat = [(index, position) for index, s in enumerate(samples) for position in range(len(s.tokens))]
     seen = []
     for microbatch in microbatches:
@@ -71,6 +74,17 @@ def test_budget(samples: list[Sample], max_tokens: int, share: bool) -> None:
             assert len(microbatch.segment_starts) == 1
         if not share:
             assert (microbatch.segment_prefixes == -1).all()
+
+
+def test_parts_are_alike_though_microbatches_are_not() -> None:
+    """32 groups of 10 tokens, of which a microbatch holds three: eleven microbatches, but each part has 16 groups."""
+    samples = [sample([1, 2, 3, 4], [5, 6, 7, 8], [True] * 4, prompt_id=index // 2) for index in range(64)]
+    for num_parts, each in ((1, 32), (2, 16), (4, 8)):
+        for part in range(num_parts):
+            sizes = [len(microbatch.tokens) for microbatch in pack(samples, 34, part=part, num_parts=num_parts)]
+            assert sizes == [30] * (each // 3) + [10 * (each % 3)]
+    few = [sample([1, 2, 3, 4], [5, 6, 7, 8], [True] * 4, prompt_id=index) for index in range(2)]
+    assert [len(pack(few, 100, part=part, num_parts=2)) for part in range(2)] == [1, 1], "one would hold both"
 
 
 @settings(deadline=None)  # the machine may be busy

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlloop.batching import Microbatch, pack
+from rlloop.batching import pack
 from rlloop.errors import TrainerError
 from rlloop.trainer import Head, Loss, TokenBatch
 from rlloop.trainer.adapter_files import check_lora, merged, peft_config, read_adapter, write_adapter
@@ -235,9 +235,9 @@ class MegatronRank:
     def _run(self, samples: Sequence[Sample], columns: Columns, on_outputs: OnOutputs, *, backward: bool) -> None:
         if any(self._groups.gather(self._context.is_interrupted)):
             raise Interrupted("the trainer's call was interrupted")
-        microbatches = pack(samples, self._settings.max_tokens_per_microbatch)
+        part, num_parts = self._groups.dp_rank, self._groups.dp_size
         self._schedule.run(
-            _share(microbatches, self._groups.dp_rank, self._groups.dp_size),
+            pack(samples, self._settings.max_tokens_per_microbatch, part=part, num_parts=num_parts),
             columns,
             on_outputs,
             adapter=None if self._active is None else self._adapters[self._active],
@@ -275,14 +275,3 @@ def _blank_samples(num_tokens: int) -> list[Sample]:
     zeros = np.zeros(length + 1, np.float32)
     mask, tokens = np.arange(length + 1) > 0, np.zeros(length + 1, np.int32)
     return [Sample(tokens, mask, zeros, zeros, zeros, prompt_id=index) for index in range(num_tokens // length)]
-
-
-def _share(microbatches: Sequence[Microbatch], index: int, num_shares: int) -> list[Microbatch]:
-    """One copy's microbatches: largest first, each to the copy with the fewest tokens."""
-    shares: list[list[Microbatch]] = [[] for _ in range(num_shares)]
-    loads = [0] * num_shares
-    for microbatch in sorted(microbatches, key=lambda microbatch: -len(microbatch.tokens)):
-        place = loads.index(min(loads))
-        shares[place].append(microbatch)
-        loads[place] += len(microbatch.tokens)
-    return shares[index]
