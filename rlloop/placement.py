@@ -237,10 +237,11 @@ def check_memory(settings: RunSettings, placement: Placement) -> None:
     weights, megatron = weight_bytes(resolve_model(settings.model), placement.dtype), settings.trainer.megatron
     of_engine = _copies(settings) * weights / placement.tensor_parallel
     of_trainer = weights / (megatron.tensor_parallel * megatron.pipeline_parallel)
+    found = gpu_bytes()
     for gpu in sorted({*placement.engine_gpus}):
         num_engines, has_trainer = placement.engine_gpus.count(gpu), gpu in placement.trainer_gpus
         needed = num_engines * (of_engine + (cache << 30)) + has_trainer * of_trainer
-        if needed > (found := gpu_bytes()):
+        if needed > found:
             parts = [f"{num_engines} x {of_engine / 1e9:.1f} GB of weights and {cache} GiB of KV cache in engines"]
             parts += [f"{of_trainer / 1e9:.1f} GB of weights in the trainer"] if has_trainer else []
             raise ConfigError(
