@@ -96,6 +96,7 @@ async def open_trainer(
         dtype=placement.dtype,
         settings=settings.trainer,
         temperature=temperature,
+        seed=settings.seed,
         writer=writer,
         sender=sender,
         cores=placement.trainer_cores,

@@ -62,7 +62,10 @@ class Environment(Protocol):
         ...
 
     async def rollout(self, task: Any, policy: Policy) -> Rollout:
-        """Let the policy act until the task ends. An exception makes it a counted failure, never a zero reward."""
+        """Let the policy act until the task ends. An exception makes it a counted failure, never a zero reward.
+
+        Each rollout has a copy of the task, which `score` gets as it was left. `self` is that of all rollouts that run.
+        """
         ...
 
     def score(self, task: Any, rollout: Rollout) -> float:

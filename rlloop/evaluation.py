@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from time import monotonic
 
 import numpy as np
-from anyio import TASK_STATUS_IGNORED, Semaphore, create_task_group
+from anyio import TASK_STATUS_IGNORED, Semaphore, create_task_group, get_cancelled_exc_class
 from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import checkpoint
 
 from rlloop.environment import PromptTooLong
 from rlloop.refit.publisher import Refit
 from rlloop.types import Group, Metrics, Prompt
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluation:
@@ -48,10 +51,14 @@ class Evaluation:
         try:
             async with self._refit.pin() as version:
                 task_status.started()
-                async with create_task_group() as members:
-                    for prompt in self._prompts:
-                        members.start_soon(answer, prompt, version)
-                        await checkpoint()  # many at once would keep the event loop from all else
+                try:
+                    async with create_task_group() as members:
+                        for prompt in self._prompts:
+                            members.start_soon(answer, prompt, version)
+                            await checkpoint()  # many at once would keep the event loop from all else
+                except get_cancelled_exc_class():
+                    logger.warning("the evaluation of policy version %d is lost: the run's end cut it off", version)
+                    raise
             self._report(version, _summarise(groups) | {"time/eval": monotonic() - started})
         finally:
             self._slot.release()

@@ -54,7 +54,7 @@ class Ledger:
         self._order: tuple[int, np.ndarray[Any, np.dtype[np.int64]]] | None = None
         self._curriculum = curriculum or CurriculumSettings()
         self._pass_rates: dict[int, tuple[int, float]] = {}
-        """Task -> the epoch in which it was last answered, and how; kept where there is a curriculum."""
+        """Task -> the last epoch in which it was answered, and how; kept where there is a curriculum."""
 
     @property
     def num_in_flight(self) -> int:
@@ -64,6 +64,7 @@ class Ledger:
     def next(self) -> tuple[int, int, int]:
         """The next prompt: (ordinal, index of the task, seed in [0, 2^31))."""
         while True:
+            self._next = max(self._next, self.low_water)  # what was done below it is not in `_done` any more
             while self._next in self._done:
                 self._next += 1
             ordinal = self._next
@@ -77,8 +78,9 @@ class Ledger:
 
     def answered(self, ordinal: int, index: int, pass_rate: float) -> None:
         """The mean reward of the group that answered this prompt, of this task."""
-        if self._curriculum.keep < 1:
-            self._pass_rates[index] = ordinal // self.num_tasks, pass_rate
+        epoch = ordinal // self.num_tasks
+        if self._curriculum.keep < 1 and epoch >= self._pass_rates.get(index, (0, 0.0))[0]:  # not of a straggler
+            self._pass_rates[index] = epoch, pass_rate
 
     def trained(self, ordinals: Iterable[int], step: int) -> None:
         """These prompts were trained on in this optimizer step.
@@ -123,7 +125,7 @@ class Ledger:
     ) -> Ledger:
         """The ledger that `state` was taken from, with nothing in flight.
 
-        Raises RunDirectoryError if the run's prompts are no longer the same, in number, content or order.
+        Raises RunDirectoryError if the run's prompts are no longer the same, in number, order, or in what the fingerprint is of.
         """
         now = {"num_tasks": num_tasks, "seed": seed, "fingerprint": fingerprint}
         names = {"num_tasks": "the number of tasks", "seed": "--seed", "fingerprint": "the fingerprint of the tasks"}

@@ -116,7 +116,7 @@ def policy_loss(
     Metrics: those of the surrogate, `mismatch_ratio` (of each token, before any bound), `sampler_kl` (KL of the rollout's
     policy to the old one), `update_kl` (of the old policy to the present one) where the samples carry `old_logprobs`, and
     `kl_ref` where they carry `ref_logprobs`. Raises ValueError for a kl_coef without
-    `tokens.ref_logprobs`.
+    `tokens.ref_logprobs`, and for a surrogate that is not [N].
     """
     old_logprobs = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
     proximal_logprobs = old_logprobs
@@ -125,6 +125,11 @@ def policy_loss(
     elif proximal == "interpolated":
         proximal_logprobs = interpolated_logprobs(logprobs.detach(), tokens)
     token_loss, metrics = surrogate(logprobs, proximal_logprobs, tokens)
+    if token_loss.shape != logprobs.shape:
+        raise ValueError(
+            f"expected a loss for each token from the surrogate, of shape {[*logprobs.shape]}, got {[*token_loss.shape]}: leave "
+            "out the mean or sum, which loss_weights are for"
+        )
     if proximal != "rollout":
         token_loss = token_loss * importance_weights(
             proximal_logprobs, tokens.rollout_logprobs, tokens.sample_index, **(correction or {})

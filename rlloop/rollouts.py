@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -99,6 +100,7 @@ async def sample_group(
     errors: list[RlloopError] = []
 
     async def run(member: int) -> None:
+        task = deepcopy(prompt.task)  # a member may keep what it does in it
         policy = EnginePolicy(
             engine=engine,
             tokenizer=tokenizer,
@@ -111,10 +113,10 @@ async def sample_group(
             in_flight=in_flight,
         )
         try:
-            outcome = await _roll_out(environment, prompt.task, policy)
+            outcome = await _roll_out(environment, task, policy)
             progress.rolled_out(member)
             if isinstance(outcome, Rollout):
-                reward = await scorer.score(prompt.task, outcome)
+                reward = await scorer.score(task, outcome)
                 if not isinstance(reward, Failure):
                     scored[member] = outcome, reward
                     return

@@ -321,7 +321,7 @@ def _count_tasks(settings: RunSettings, environment: Environment) -> int:
 def _open_ledger(
     settings: RunSettings, environment: Environment, num_tasks: int, checkpoint: Checkpoint | None
 ) -> tuple[Ledger, str]:
-    tasks = [environment.task(index) for index in range(min(num_tasks, 16))]
+    tasks = [environment.task(index) for index in sorted({part * num_tasks // 64 for part in range(64)})]
     identity = fingerprint(settings.env, settings.all_env_args, num_tasks, tasks)
     if checkpoint is None:
         return Ledger(num_tasks, settings.seed, identity, settings.curriculum), identity

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import tomllib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,8 @@ from typing import IO, Any
 
 from rlloop.config import TrainingSettings
 from rlloop.errors import RunDirectoryError
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "config.toml"
 ATTEMPT = "attempt"
@@ -75,7 +79,8 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
     """Create `settings.run_dir`; with `overwrite` empty it first, with `resume` go on in it. One in which no step was made, for
     its start failed, may be used once more.
 
-    A run that was started but has no checkpoint yet can be resumed: it begins anew, as its next attempt.
+    A run that was started but has no checkpoint yet can be resumed: it begins anew, as its next attempt. Warns of settings that
+    are others than before.
 
     Raises RunDirectoryError if the directory is used and neither flag is given, if it is no run directory, if it holds
     nothing to resume, or what the run is to begin with and `overwrite` would delete, if a setting of `FIXED` differs from that
@@ -166,11 +171,7 @@ def _check_fixed(path: Path, settings: TrainingSettings) -> None:
     except ValueError as error:
         raise RunDirectoryError(f"{path / CONFIG} cannot be read, so the run cannot be resumed: {error}") from error
     now = tomllib.loads(settings.to_toml())
-    changes = [
-        f"--{name.replace('_', '-')} was {_get(before, name)!r} and is {_get(now, name)!r}"
-        for name in FIXED
-        if (_get(before, name) or None) != (_get(now, name) or None)  # what is not set may not have been known
-    ]
+    changes = _changes(before, now, FIXED)
     if (held_out := _held_out(now)) != _held_out(before):
         changes.append(f"--evaluation held out {_held_out(before)} tasks and would hold out {held_out}")
     if changes:
@@ -178,6 +179,26 @@ def _check_fixed(path: Path, settings: TrainingSettings) -> None:
             f"cannot resume {path} with other settings: {'; '.join(changes)}. Use those that the run began with, "
             "or start a new run with another --run-dir"
         )
+    may_differ = {"run_dir", "num_steps", "resume", "overwrite"}
+    if others := _changes(before, now, sorted({*_names(before), *_names(now)} - may_differ)):
+        logger.warning("the run goes on with other settings: %s", "; ".join(others))
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -> list[str]:
+    return [
+        f"--{name.replace('_', '-')} was {_get(before, name)!r} and is {_get(now, name)!r}"
+        for name in names
+        if (_get(before, name) or None) != (_get(now, name) or None)  # what is not set may not have been known
+    ]
+
+
+def _names(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted, of all settings."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _names(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
 
 
 def _held_out(config: dict[str, Any]) -> int:

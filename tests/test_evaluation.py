@@ -58,3 +58,16 @@ def test_each_pass_through_the_event_loop_begins_one_prompt(backend: str) -> Non
         assert found == [16]
 
     anyio.run(evaluate, backend=backend)
+
+
+@pytest.mark.anyio
+async def test_one_that_is_cut_off_is_not_lost_in_silence(anyio_backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def sample(prompt: Prompt, version: int) -> Group:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    evaluation = Evaluation([Prompt(0, 0, 0, None)], sample, FakeRefit(), lambda *_: None)  # type: ignore[arg-type]
+    async with anyio.create_task_group() as tasks:
+        await evaluation.start(tasks)
+        tasks.cancel_scope.cancel()
+    assert caplog.messages == ["the evaluation of policy version 0 is lost: the run's end cut it off"]

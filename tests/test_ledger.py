@@ -58,6 +58,27 @@ def test_resume_admits_what_was_in_flight_again_and_in_order():
     assert resumed.counts == {"trained": 2, "stale": 1, "failed": 0, "filtered": 0, "too_long": 0, "curriculum": 0}
 
 
+def test_what_was_done_before_a_resume_is_not_asked_again_by_a_run_with_fewer_slots():
+    ledger = Ledger(40, 0, "f")
+    take(ledger, 12)
+    ledger.trained(range(2, 11), 1)
+    resumed, given = reload(ledger), []
+    for step in range(2, 7):
+        given += take(resumed, 1)
+        resumed.trained(given[-1:], step)
+    assert given == [0, 1, 11, 12, 13]
+
+
+def test_a_stragglers_answer_does_not_count_once_its_prompt_was_answered_in_the_next_epoch():
+    ledger = Ledger(2, 0, "f", CurriculumSettings(keep=0.5))
+    prompts = [ledger.next() for _ in range(4)]
+    task = prompts[0][1]
+    [second] = [prompt for prompt in prompts[2:] if prompt[1] == task]
+    ledger.answered(second[0], task, 0.5)
+    ledger.answered(prompts[0][0], task, 0.0)
+    assert ledger.state()["pass_rates"] == [[task, 1, 0.5]]
+
+
 def test_a_curriculum_passes_over_what_is_solved_or_hopeless():
     ledger = Ledger(300, 0, "f", CurriculumSettings(keep=0.25))
     assert ledger.next() == Ledger(300, 0, "f").next()
@@ -210,7 +231,7 @@ def test_fingerprint_has_no_addresses():
 class SimulatedRun:
     """Rollouts end in any order; training, checkpoints, kills. `log` is what the surviving weights have seen."""
 
-    num_tasks, groups_per_step, num_slots, every, num_epochs = 7, 2, 6, 2, 2
+    num_tasks, every, num_epochs = 7, 2, 2
 
     def __init__(self, data: st.DataObject) -> None:
         self.data = data
@@ -230,6 +251,8 @@ class SimulatedRun:
         else:
             self.ledger, length = Ledger(self.num_tasks, 5, "f"), 0
         del self.log[length:]
+        self.groups_per_step = self.data.draw(st.integers(1, 2))  # which a resumed run may change
+        self.num_slots = self.data.draw(st.sampled_from((self.groups_per_step, 6)))
         self.running: list[int] = []
         self.finished: list[int] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,15 @@ def test_surrogate_by_hand() -> None:
     assert metrics["clip_frac_high"].tolist() == [1, 0, 0, 0, 0, 0]
     assert metrics["clip_frac_low"].tolist() == [0, 0, 0, 0, 1, 0]
     assert "kl_ref" not in metrics
+
+
+@pytest.mark.parametrize("reduce", [torch.mean, torch.sum, lambda loss: loss[:, None]])
+def test_a_surrogate_that_is_not_of_each_token_is_refused(reduce: Callable[[Tensor], Tensor]) -> None:
+    def wrong(logprobs: Tensor, proximal: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        return reduce(logprobs), {}
+
+    with pytest.raises(ValueError, match=r"expected a loss for each token from the surrogate, of shape \[6\], got \["):
+        policy_loss(NEW, batch(ADVANTAGES, OLD), surrogate=wrong)
 
 
 def test_a_clipped_token_has_no_gradient() -> None:

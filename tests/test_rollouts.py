@@ -119,6 +119,23 @@ async def sample(
 
 
 @pytest.mark.anyio
+async def test_each_member_has_a_task_of_its_own_until_it_is_scored(anyio_backend: str) -> None:
+    class Counting(Environment):
+        async def rollout(self, task: Any, policy: Policy) -> Rollout:
+            task["turns"] += 1
+            return await super().rollout(task, policy)
+
+    class Turns(Scores):
+        async def score(self, task: Any, rollout: Rollout) -> float | Failure:
+            return float(task["turns"])
+
+    task = {"turns": 0}
+    group = await sample(Counting(), scores=Turns(), prompt=replace(PROMPT, task=task))
+    assert set(group.rewards) == {1.0}
+    assert task == {"turns": 0}
+
+
+@pytest.mark.anyio
 async def test_a_group_is_scored_and_asked_as_the_settings_say() -> None:
     engine = Engine()
     group = await sample(Environment(), engine, Scores(0.25))

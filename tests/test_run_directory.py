@@ -85,6 +85,16 @@ def test_resume_with_other_settings_names_each_flag_and_both_values(tmp_path):
     assert start(tmp_path, resume=True, env_args={"level": 1}, lora={"rank": 8}).attempt == 2
 
 
+def test_resume_with_other_settings_that_may_change_says_so(tmp_path, caplog):
+    start(tmp_path, optim={"lr": 3e-5}, sampling={"temperature": 0.7}, num_steps=5)
+    start(tmp_path, resume=True, sampling={"temperature": 0.7}, num_steps=9)
+    [warning] = caplog.messages
+    assert warning == "the run goes on with other settings: --optim.lr was 3e-05 and is 0.0001"
+    caplog.clear()
+    start(tmp_path, resume=True, sampling={"temperature": 0.7}, num_steps=9)
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "shown"),
     [

@@ -98,8 +98,8 @@ class Terminal:
 
 
 def _cells(metrics: Mapping[str, float]) -> dict[str, str]:
-    # If the rewards of every group are all equal, nothing was trained: NaN would look like a failure.
-    trained = metrics.get("reward/frac_zero_std") != 1
+    # Where no group had anything to learn from, nothing was trained: NaN would look like a failure.
+    trained = not math.isnan(metrics.get("perf/train_tokens_per_second", 0.0))
 
     def show(key: str, form: str) -> str:
         if key not in metrics:

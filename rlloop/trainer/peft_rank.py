@@ -14,6 +14,7 @@ import peft
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlloop.batching import Microbatch, pack
 from rlloop.errors import TrainerError
@@ -37,6 +38,8 @@ from rlloop.trainer.steps import SkippedSteps, get_adapter, gradient_discarded_o
 from rlloop.trainer.tokens import Columns, Totals, to_device
 from rlloop.types import AdamConfig, AdapterTicket, FloatArray, LoraConfig, Metrics, OptimResult, Sample
 
+_ROWS_DIFFER = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+"""Nats a token, at most: the bounds of the canary, which are far above the rounding of either."""
 _MODEL_INPUTS = ("tokens", "positions", "hidden_index", "targets")
 
 
@@ -82,12 +85,14 @@ class PeftRank:
                 f"{type(base).__name__} does not let the trainer replace its attention (for packed rows)"
             )
         base.set_attn_implementation(IMPLEMENTATION)
-        base.train(settings.gradient_checkpointing)  # transformers checkpoints in training mode only
-        for module in base.modules():
-            if isinstance(module, nn.Dropout):
-                module.eval()  # the policy that learns is the one that sampled
+        base.eval()  # the policy that learns is the one that sampled
         if settings.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
+            for module in base.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = (
+                        True  # those that compute anew do so in this mode only; what is in them stays as it is
+                    )
         self._base = base
         self._decoder = base.get_decoder()
         self._peft: peft.PeftModel | None = None
@@ -97,6 +102,27 @@ class PeftRank:
         self._linear_names = {path.rpartition(".")[2] for path in linear}
         self._num_body = sum(module.weight.numel() for module in linear.values())
         self._peak_flops = measure_peak(self._device, self._dtype)
+        self._check_rows()
+
+    @torch.no_grad()
+    def _check_rows(self) -> None:
+        """Raise TrainerError for a model that computes a sample otherwise where others lie beside it: one with convolutions or
+        states, or with noise."""
+        tokens = np.random.default_rng(0).integers(0, self._head.shape[0], (3, 12), dtype=np.int32)
+        tokens[:, :6] = tokens[0, :6]
+        mask, zeros = np.arange(12) >= 6, np.zeros(12, np.float32)
+        samples = [Sample(row, mask, zeros, zeros, zeros, prompt_id=0) for row in tokens]
+        together, *alone = (
+            torch.cat([self._forward(row, None)[0] for row in pack(group, 1000)])
+            for group in (samples, *([sample] for sample in samples))
+        )
+        difference = float((together - torch.cat(alone)).abs().mean())
+        if not difference <= _ROWS_DIFFER[self._dtype] / min(1.0, self._temperature):
+            raise TrainerError(
+                f"{type(self._base).__name__} computes samples that share a row otherwise than alone, by {difference:.2g} nats a "
+                "token: it has layers beside attention that mix tokens, or dropout; the trainer packs samples into rows, and "
+                "cannot train it"
+            )
 
     def close(self) -> None:
         """Free what the transport holds."""

@@ -53,9 +53,13 @@ def test_a_run_without_an_engine_shows_what_it_has():
 def test_a_step_with_nothing_to_learn_from_does_not_look_like_a_failure():
     terminal, out = plain()
     nan = float("nan")
-    terminal.log(18, {"reward/mean": 1.0, "reward/frac_zero_std": 1.0, "loss/policy": nan, "optim/grad_norm": nan})
+    metrics = {"reward/mean": 1.0, "reward/frac_zero_std": 1.0, "loss/policy": nan, "optim/grad_norm": nan}
+    terminal.log(18, metrics | {"perf/train_tokens_per_second": nan})
+    terminal.log(19, metrics | {"perf/train_tokens_per_second": 7.0})  # a critic learns from them
     terminal.close()
-    assert out.getvalue().startswith("step 18/20  reward 1.000  loss -  grad norm -")
+    first, second = out.getvalue().splitlines()
+    assert first.startswith("step 18/20  reward 1.000  loss -  grad norm -  train tok/s -")
+    assert second.startswith("step 19/20  reward 1.000  loss nan  grad norm nan  train tok/s 7")
 
 
 def test_live_table_on_a_terminal():

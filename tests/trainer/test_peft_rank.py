@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Lfm2Config, OPTConfig
 
 from rlloop.config import TrainerSettings
 from rlloop.errors import NonFiniteError, TrainerError
@@ -159,6 +160,30 @@ def test_three_steps_equal_transformers_and_peft(
         np.testing.assert_allclose(row, wanted, atol=1e-5)
     for key, tensor in get_peft_model_state_dict(reference.model).items():
         torch.testing.assert_close(weights(rank)[key], tensor, atol=1e-5, rtol=0)
+
+
+SMALL = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
+MIXES = Lfm2Config(**SMALL, num_key_value_heads=2, intermediate_size=80, layer_types=["conv", "full_attention"])
+DROPS = OPTConfig(**SMALL, ffn_dim=80, word_embed_proj_dim=48, dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "checkpointing", "is_refused"),
+    [(MIXES, False, True), (DROPS, False, False), (DROPS, True, True)],
+    ids=["convolutions", "dropout that is off", "dropout in layers that are checkpointed"],
+)
+def test_a_model_that_computes_rows_otherwise_is_refused(
+    config: Any, checkpointing: bool, is_refused: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.2)
+    model.save_pretrained(tmp_path)
+    expected = pytest.raises(TrainerError, match="computes samples that share a row otherwise than alone, by 0")
+    with expected if is_refused else nullcontext():
+        make_rank(str(tmp_path), gradient_checkpointing=checkpointing)
 
 
 def test_saved_adapter_is_pefts(
