@@ -137,10 +137,9 @@ class VllmEngine:
         if problem := _first_problem(ranks, ticket):
             if version not in self._versions:  # some ranks may hold it
                 await self._call_workers("refit_drop", version)
-            if any(
-                "swapped_at" in rank for rank in ranks
-            ):  # the weights, or those of requests that hop, may be a mixture
-                self._versions.clear()  # not before: whoever is refused for it would hide the reason
+            # The weights, or those of requests that hop, may be a mixture. Not sooner, for who is refused then hides the reason.
+            if any("swapped_at" in rank for rank in ranks):
+                self._versions.clear()
             raise RefitError(f"the engine refused policy version {version}: {problem}")
         await self._restart_stale()
         return RefitReport(
