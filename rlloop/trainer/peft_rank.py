@@ -88,11 +88,11 @@ class PeftRank:
         base.eval()  # the policy that learns is the one that sampled
         if settings.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-            for module in base.modules():
+            for (
+                module
+            ) in base.modules():  # these compute anew in training mode only; what is in them stays in the other
                 if isinstance(module, GradientCheckpointingLayer):
-                    module.training = (
-                        True  # those that compute anew do so in this mode only; what is in them stays as it is
-                    )
+                    module.training = True
         self._base = base
         self._decoder = base.get_decoder()
         self._peft: peft.PeftModel | None = None

@@ -186,6 +186,18 @@ def test_a_model_that_computes_rows_otherwise_is_refused(
         make_rank(str(tmp_path), gradient_checkpointing=checkpointing)
 
 
+@pytest.mark.parametrize(("checkpointing", "times"), [(False, 1), (True, 2)])
+def test_checkpointed_layers_are_computed_anew(
+    models: dict[str, str], make_samples: MakeSamples, checkpointing: bool, times: int
+) -> None:
+    rank = make_rank(models["llama"], gradient_checkpointing=checkpointing)
+    rank.create_adapter("policy", LORA)
+    computed: list[int] = []
+    rank._decoder.layers[0].self_attn.register_forward_hook(lambda *_: computed.append(1))
+    rank.forward_backward("policy", make_samples(), surrogate)
+    assert len(computed) == times
+
+
 def test_saved_adapter_is_pefts(
     models: dict[str, str], rank: PeftRank, make_samples: MakeSamples, tmp_path: Path
 ) -> None:
