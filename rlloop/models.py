@@ -53,7 +53,7 @@ def _downloaded(name: str) -> Path:
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_COPIES))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # HTTP clients and transfers have their own, of no common kind
         raise ConfigError(
             f"--model: expected a hub id that can be downloaded (`hf auth login` for a private or gated one), or an existing "
             f"folder, got {name!r}: {' '.join(str(error).split())}"
@@ -61,6 +61,14 @@ def _downloaded(name: str) -> Path:
     if missing := [pattern for pattern in ("config.json", "*.safetensors") if not any(folder.glob(pattern))]:
         raise ConfigError(f"--model: expected a model with {missing[0]}, got {name!r}, which has none")
     return folder
+
+
+def hub_name(folder: Path) -> tuple[str, str] | None:
+    """Of a folder in Hugging Face's cache: (hub id, revision)."""
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/"), folder.name
 
 
 def check_adapter(folder: Path, lora: LoraSettings) -> None:
@@ -90,7 +98,8 @@ def weight_bytes(folder: Path, dtype: str) -> int:
     size = {"float32": 4}  # else 2, be it bfloat16 or float16
     config = json.loads((folder / "config.json").read_text())
     saved = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    files = [file for file in folder.glob("*.safetensors") if not any(map(file.match, _COPIES))]
+    num_bytes = sum(file.stat().st_size for file in files)
     return num_bytes * size.get(dtype, 2) // size.get(saved, 2)
 
 

@@ -100,7 +100,6 @@ async def sample_group(
     errors: list[RlloopError] = []
 
     async def run(member: int) -> None:
-        task = deepcopy(prompt.task)  # a member may keep what it does in it
         policy = EnginePolicy(
             engine=engine,
             tokenizer=tokenizer,
@@ -113,6 +112,7 @@ async def sample_group(
             in_flight=in_flight,
         )
         try:
+            task = _own_copy(prompt.task)
             outcome = await _roll_out(environment, task, policy)
             progress.rolled_out(member)
             if isinstance(outcome, Rollout):
@@ -147,6 +147,14 @@ async def sample_group(
         policy_version=policy_version,
         failures=tuple(failures[member] for member in sorted(failures)),
     )
+
+
+def _own_copy(task: Any) -> Any:
+    """For one member, which may keep what it does in it."""
+    try:
+        return deepcopy(task)
+    except Exception as error:
+        raise BadEnvironmentError(f"a task must be such that it can be copied and pickled, but {error}") from error
 
 
 async def _roll_out(environment: Environment, task: Any, policy: EnginePolicy) -> Rollout | Failure:

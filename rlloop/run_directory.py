@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from rlloop.config import TrainingSettings
 from rlloop.errors import RunDirectoryError
+from rlloop.tracking import wandb
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
             _empty(path)
         if settings.resume:
             _check_fixed(path, settings)
+        else:
+            (path / wandb.RUN_ID).unlink(missing_ok=True)  # of a start that failed
         attempt = 1 if settings.overwrite else int(lock.read() or 0) + 1
         lock.seek(0)
         lock.truncate()
@@ -139,8 +142,8 @@ def _check(path: Path, settings: TrainingSettings) -> None:
 
 
 def _has_steps(path: Path) -> bool:
-    metrics = path / "metrics.jsonl"
-    return (metrics.exists() and metrics.stat().st_size > 0) or any(path.glob("checkpoints/*"))
+    records = [path / "metrics.jsonl", path / "evaluations.jsonl"]
+    return any(file.exists() and file.stat().st_size for file in records) or any(path.glob("checkpoints/*"))
 
 
 def _lock(path: Path) -> IO[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from rlloop.config import LoraSettings
 from rlloop.errors import ConfigError
-from rlloop.models import SMOLLM2, cache_folder, check_adapter, resolve_model
+from rlloop.models import SMOLLM2, cache_folder, check_adapter, hub_name, resolve_model, weight_bytes
 
 
 @pytest.fixture
@@ -32,6 +32,8 @@ def test_a_hub_id_is_the_folder_of_what_was_downloaded(hub_cache: Path) -> None:
     for name in ("owner/model-1.5", "gpt3"):
         folder = cached(hub_cache, name, "config.json", "model.safetensors")
         assert resolve_model(name) == folder
+        assert hub_name(folder) == (name, "a" * 40)
+    assert hub_name(hub_cache / "model") is None
 
 
 def test_what_cannot_be_downloaded_is_refused(hub_cache: Path) -> None:
@@ -40,6 +42,13 @@ def test_what_cannot_be_downloaded_is_refused(hub_cache: Path) -> None:
     cached(hub_cache, "no/weights", "config.json", "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"with \*\.safetensors, got 'no/weights', which has none"):
         resolve_model("no/weights")
+
+
+def test_weights_that_are_there_twice_count_once(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    for name, size in (("model-1.safetensors", 300), ("model-2.safetensors", 100), ("consolidated.safetensors", 400)):
+        (tmp_path / name).write_bytes(b"0" * size)
+    assert (weight_bytes(tmp_path, "bfloat16"), weight_bytes(tmp_path, "float32")) == (400, 800)
 
 
 def test_a_local_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,4 @@
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -133,6 +134,14 @@ async def test_each_member_has_a_task_of_its_own_until_it_is_scored(anyio_backen
     group = await sample(Counting(), scores=Turns(), prompt=replace(PROMPT, task=task))
     assert set(group.rewards) == {1.0}
     assert task == {"turns": 0}
+
+
+@pytest.mark.anyio
+async def test_a_task_that_cannot_be_copied_ends_the_run_and_says_so(anyio_backend: str) -> None:
+    with pytest.raises(
+        BadEnvironmentError, match=r"a task must be such that it can be copied and pickled, but cannot pickle"
+    ):
+        await sample(Environment(), prompt=replace(PROMPT, task=threading.Lock()))
 
 
 @pytest.mark.anyio

@@ -37,7 +37,7 @@ def test_an_existing_empty_directory_can_be_used(tmp_path):
     assert start(tmp_path).attempt == 1
 
 
-@pytest.mark.parametrize("made", ["metrics.jsonl", "checkpoints/step_000001"])
+@pytest.mark.parametrize("made", ["metrics.jsonl", "evaluations.jsonl", "checkpoints/step_000001"])
 def test_a_used_directory_is_refused(made, tmp_path):
     (start(tmp_path).path / made).write_text("{}")
     with pytest.raises(RunDirectoryError, match="holds a run already: --resume continues it, --overwrite deletes it"):
@@ -45,8 +45,11 @@ def test_a_used_directory_is_refused(made, tmp_path):
 
 
 def test_one_whose_start_failed_can_be_used_once_more(tmp_path):
-    (start(tmp_path, seed=3).path / "metrics.jsonl").touch()
+    failed = start(tmp_path, seed=3).path
+    (failed / "metrics.jsonl").touch()
+    (failed / "wandb_run_id").write_text("1")
     again = start(tmp_path, seed=4)
+    assert not (again.path / "wandb_run_id").exists(), "W&B would go on with what failed"
     assert again.attempt == 2
     assert "seed = 4" in (again.path / "config.toml").read_text()
 

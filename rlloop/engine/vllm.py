@@ -135,12 +135,17 @@ class VllmEngine:
 
         ranks = await self._call_workers("refit_load", version, sent, self._form, self._serves_hops, on_answer=serve)
         if problem := _first_problem(ranks, ticket):
-            if version not in self._versions:  # some ranks may hold it
-                await self._call_workers("refit_drop", version)
-            # The weights, or those of requests that hop, may be a mixture. Not sooner, for who is refused then hides the reason.
-            if any("swapped_at" in rank for rank in ranks):
-                self._versions.clear()
-            raise RefitError(f"the engine refused policy version {version}: {problem}")
+            refusal = RefitError(f"the engine refused policy version {version}: {problem}")
+            try:
+                if version not in self._versions:  # some ranks may hold it
+                    await self._call_workers("refit_drop", version)
+            except EngineError as error:
+                raise refusal from error
+            finally:
+                # The weights, or those of requests that hop, may be a mixture. Not sooner: who is refused then hides the reason.
+                if any("swapped_at" in rank for rank in ranks):
+                    self._versions.clear()
+            raise refusal
         await self._restart_stale()
         return RefitReport(
             policy_version=version,

@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 
 from rlloop.engine import vllm_compat
-from rlloop.errors import EngineError
+from rlloop.errors import EngineError, RlloopError
 from rlloop.processes import blocked_signals, environment
 
 _SPAWNING = Lock()
@@ -51,7 +51,9 @@ class _Start:
         """Returns when the engine is ready. Raises EngineError."""
         try:
             return self._run()
-        except (RuntimeError, ValueError) as error:
+        except RlloopError:
+            raise
+        except Exception as error:
             cause = self._first_error() or " ".join(str(error).split())
             raise EngineError(f"vLLM could not start: {cause} (its log: {self._log_path})") from error
 
@@ -88,8 +90,8 @@ class _Start:
     def _first_error(self) -> str | None:
         """That its processes logged: vLLM itself only says that there was one."""
         logged = self._log_path.read_bytes()[self._logged_before :] if self._log_path.exists() else b""
-        found = re.search(r"^[\w.]+(Error|Exception): .+$", logged.decode(errors="replace"), re.MULTILINE)
-        return found[0] if found else None
+        found = re.search(r"^Traceback .*\n(?:[ \t].*\n)+(\S.*)$", logged.decode(errors="replace"), re.MULTILINE)
+        return found[1] if found else None
 
     def _check(self) -> None:
         if self._is_abandoned.is_set():

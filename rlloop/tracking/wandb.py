@@ -15,6 +15,7 @@ from typing import Any
 
 from rlloop.config import TrainingSettings
 
+RUN_ID = "wandb_run_id"
 logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 5.0
@@ -91,7 +92,7 @@ def open_wandb(settings: TrainingSettings, run_dir: Path, status: Callable[[str]
 
 def _run_id(run_dir: Path) -> str:
     """The same for every attempt of a run."""
-    file = run_dir / "wandb_run_id"
+    file = run_dir / RUN_ID
     if not file.exists():
         file.write_text(secrets.token_hex(8))
     return file.read_text().strip()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlloop.errors import TrainerError
+from rlloop.models import hub_name
 from rlloop.types import LoraConfig
 
 VALUE_HEAD = ("value_head.weight", "value_head.bias")
@@ -31,7 +32,8 @@ Tensors: TypeAlias = Mapping[str, Tensor]
 
 
 def peft_config(lora: LoraConfig, model: str) -> peft.LoraConfig:
-    """PEFT's description of an adapter of the model in folder `model`."""
+    """PEFT's description of an adapter of the model in folder `model`, by its name on the hub if it was downloaded."""
+    name, revision = hub_name(Path(model)) or (model, None)
     return peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -39,7 +41,8 @@ def peft_config(lora: LoraConfig, model: str) -> peft.LoraConfig:
         lora_dropout=lora.dropout,
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=model,
+        base_model_name_or_path=name,
+        revision=revision,
     )
 
 

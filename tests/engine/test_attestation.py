@@ -66,15 +66,19 @@ async def test_one_rank_is_enough_to_refuse_a_version(rank_1: dict[str, Any], me
         await engine.generate(GenerationRequest((1,), 5, max_tokens=1))
 
 
-async def test_no_request_is_refused_before_the_reason_is_raised() -> None:
-    """It would end the run in its place."""
+@pytest.mark.parametrize("dies", [False, True])
+async def test_no_request_is_refused_before_the_reason_is_raised(dies: bool) -> None:
+    """It would end the run in its place; so would an engine that dies of what made it refuse."""
     request = GenerationRequest((1,), 4, max_tokens=1, in_flight="hop")
 
     class Mixed(FakeLlm):
         async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+            answers = await super().collective_rpc(method, args)
             if method == "refit_drop":
                 engine._check(request)
-            return await super().collective_rpc(method, args)
+                if dies:
+                    raise EngineError("the engine died")
+            return answers
 
     llm = Mixed()
     engine = VllmEngine(llm, Tally(), 100, Path("engine.log"), form="merged")

@@ -119,18 +119,19 @@ def test_where_one_fails_the_others_end_at_once(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_its_processes_log_says_why_it_could_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     spawned, log = Spawned(monkeypatch, 1), tmp_path / "engine.log"
-    log.write_text("ValueError: of an attempt before\n")
+    traceback = "Traceback (most recent call last):\n  File\n    raise it\n"
+    log.write_text(f"{traceback}ValueError: of an attempt before\n")
 
     def fail() -> None:
         with log.open("a") as file:
-            file.write(
-                "ERROR Traceback:\n    raise MemoryError\ntorch.OutOfMemoryError: no memory\nRuntimeError: a worker\n"
-            )
-        raise RuntimeError("See root cause above")
+            file.write("WARNING DeprecationError: none\nSomeError: a warning\n")
+            for error in ("triton.OutOfResources: no memory", "RuntimeError: a worker"):
+                file.write(f"ERROR it failed\n{traceback}{error}\n\nDuring this, another:\n\n")
+        raise OSError("See root cause above")
 
     spawned.configuring = fail
     with pytest.raises(
-        EngineError, match=r"^vLLM could not start: torch\.OutOfMemoryError: no memory \(its log: .*log\)$"
+        EngineError, match=r"^vLLM could not start: triton\.OutOfResources: no memory \(its log: .*log\)$"
     ):
         anyio.run(start_llm, {"model": "good"}, variables("a"), log)
     check_nothing_is_left(spawned)
