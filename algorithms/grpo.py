@@ -95,7 +95,7 @@ class Config(PolicySettings):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_preset(cls, data: dict[str, Any]) -> dict[str, Any]:
-        return PRESETS.get(data.get("preset") or "", {}) | data
+        return PRESETS.get(str(data.get("preset")), {}) | data
 
     @model_validator(mode="after")
     def _check_objective(self) -> Config:

@@ -11,13 +11,13 @@ asynchronous. The reward is the sum of those that apply, each times its weight. 
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import anyio
 
 from rlloop.environment import MessageEnvironment, Policy, Trajectory, as_written
 from rlloop.plugins import load_object
@@ -29,6 +29,8 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("datasets is not installed: pip install 'rlloop[datasets]'") from error
 
+_RESERVED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
+"""Arguments of a reward function that are no column."""
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -58,6 +60,14 @@ class Dataset(MessageEnvironment):
         )
         if "prompt" not in self._rows.column_names:
             raise ValueError(f"{path}: expected a column prompt, got {', '.join(self._rows.column_names)}")
+        if taken := [name for name in self._rows.column_names if name in _RESERVED]:
+            raise ValueError(
+                f"{path}: expected no column {taken[0]}, which reward functions get of each answer; rename it"
+            )
+        self._runner = (
+            asyncio.Runner()
+        )  # one loop for all calls: a client that is kept belongs to the loop of its first
+        weakref.finalize(self, self._runner.close)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -93,7 +103,7 @@ class Dataset(MessageEnvironment):
             "log_extra": _ignore,
             "log_metric": _ignore,
         }
-        found = [_call(function, arguments) for function in self._functions]
+        found = [self._call(function, arguments) for function in self._functions]
         if all(reward is None for reward in found):
             raise ValueError("every reward function returned None: expected a number from one at least")
         total = math.fsum(
@@ -102,15 +112,13 @@ class Dataset(MessageEnvironment):
         named = zip(self._names, found, strict=True)
         return Reward(total, {name: reward for name, reward in named if reward is not None})
 
-
-def _call(function: Any, arguments: dict[str, Any]) -> float | None:
-    async def run() -> Any:
-        return await function(**arguments)
-
-    answer = anyio.run(run) if inspect.iscoroutinefunction(function) else function(**arguments)
-    if len(answer) != 1:
-        raise ValueError(f"{function.__name__} returned {len(answer)} rewards for 1 completion")
-    return None if answer[0] is None else float(answer[0])
+    def _call(self, function: Any, arguments: dict[str, Any]) -> float | None:
+        answer = function(**arguments)
+        if inspect.iscoroutinefunction(function):
+            answer = self._runner.run(answer)
+        if len(answer) != 1:
+            raise ValueError(f"{function.__name__} returned {len(answer)} rewards for 1 completion")
+        return None if answer[0] is None else float(answer[0])
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

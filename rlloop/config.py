@@ -70,7 +70,7 @@ class PlacementSettings(Settings):
 
 def _from_commas(value: Any) -> Any:
     """Flags bring arrays as one string."""
-    return value.split(",") if isinstance(value, str) else value
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 class LoraSettings(Settings):

@@ -70,6 +70,8 @@ class Scorer:
         except Exception as error:
             raise BadEnvironmentError(f"environment {self._name}: a task must be picklable, but {error}") from error
         async with self._limiter:
+            while self._idle and self._idle[-1].is_dead:  # of nothing that this rollout did
+                await self._idle.pop().kill()
             worker = self._idle.pop() if self._idle else await _Worker.start(self._name, self._args)
             reusable = False
             try:
@@ -147,6 +149,11 @@ class _Worker:
             code = await self._process.wait()
             return f" of {Signals(-code).name}" if code < 0 else f" with exit code {code}"
         return ""
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether something has ended its process."""
+        return self._process.returncode is not None
 
     async def kill(self) -> None:
         """End the process, with those that it has started."""

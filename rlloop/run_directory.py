@@ -90,8 +90,11 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
     path = settings.run_dir
     config = settings.model_copy(update={"resume": False, "overwrite": False}).to_toml().encode()
     _check(path, settings)  # before anything is written
-    path.mkdir(parents=True, exist_ok=True)
-    lock = _lock(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+    except OSError as error:
+        raise RunDirectoryError(f"--run-dir {path}: expected a directory that can be written to: {error}") from error
     try:
         _check(path, settings)  # another run may have come first
         if settings.overwrite:
@@ -132,12 +135,16 @@ def _check(path: Path, settings: TrainingSettings) -> None:
             f"--run-dir {path} holds a run already: --resume continues it, --overwrite deletes it and starts anew, "
             "or choose another --run-dir"
         )
-    for name in ("model", "init_adapter", "dataset") if settings.overwrite else ():
-        needed = getattr(settings, name, None)
-        if needed and Path(needed).exists() and Path(needed).resolve().is_relative_to(path.resolve()):
+    needed = {
+        f"--{name.replace('_', '-')}": getattr(settings, name, None) for name in ("model", "init_adapter", "dataset")
+    }
+    needed |= {f"--env-args {name}": value for name, value in getattr(settings, "env_args", {}).items()}
+    for flag, file in needed.items() if settings.overwrite else ():
+        if not isinstance(file, str | Path) or not file or not Path(file).exists():
+            continue
+        if Path(file).resolve().is_relative_to(path.resolve()):
             raise RunDirectoryError(
-                f"--overwrite would delete --{name.replace('_', '-')} {needed} with all of --run-dir {path}: choose another "
-                "--run-dir"
+                f"--overwrite would delete {flag} {file} with all of --run-dir {path}: choose another --run-dir"
             )
 
 

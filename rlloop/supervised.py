@@ -88,6 +88,8 @@ def tokenise(rows: Any, tokenizer: Any, max_length: int) -> Examples:
             f"--dataset: expected the columns {expected}, got {', '.join(rows.column_names) or 'none'}; rename the columns that "
             "have the questions and answers"
         )
+    if "tools" in rows.column_names and any(rows["tools"]):
+        raise ConfigError("--dataset: expected no tools, which prompts are not rendered with yet; remove the column")
     found: list[Example] = []
     for index, row in enumerate(rows.select_columns(list(columns))):
         try:
@@ -183,6 +185,9 @@ def _answer_tokens(tokenizer: Any, before: Sequence[Message], answer: Message) -
     """What the policy would have to sample after `before` to give that answer: up to the token that ends the turn."""
     begin: str = tokenizer.apply_chat_template(list(before), add_generation_prompt=True, tokenize=False)
     whole: str = tokenizer.apply_chat_template([*before, answer], tokenize=False)
+    without = {key: value for key, value in answer.items() if key != "tool_calls"}
+    if answer.get("tool_calls") and whole == tokenizer.apply_chat_template([*before, without], tokenize=False):
+        raise ValueError("expected a chat template that writes tool_calls, but this one leaves them out of an answer")
     if not whole.startswith(begin):
         raise ValueError(
             "expected the chat template to write an answer after its own generation prompt, but that ends with "

@@ -95,7 +95,7 @@ def test_what_dry_run_prints_is_a_config_of_the_same_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [
-        *("--env-args", '{"max_operand": 20, "operators": "+-"}', "--lora.targets", "q_proj,v_proj"),
+        *("--env-args", '{"max_operand": 20, "operators": "+-"}', "--lora.targets", "q_proj, v_proj,"),
         *("--engine.max_num_seqs", "7", "--optim.lr", "3e-5", "--staleness-cap", "5", "--tracking.tensorboard"),
         *("--run_dir", str(tmp_path / "run"), "--clip-high", "0.28"),
     ]

@@ -165,6 +165,16 @@ async def test_no_more_workers_than_asked_for_and_each_is_used_again() -> None:
 
 
 @pytest.mark.anyio
+async def test_a_worker_that_died_while_it_was_idle_costs_no_rollout() -> None:
+    async with scorer() as rewards:
+        await rewards.score({}, rollout("right"))
+        [worker] = rewards._idle
+        os.kill(worker._process.pid, signal.SIGKILL)
+        await worker._process.wait()
+        assert await rewards.score({}, rollout("right")) == 1.0
+
+
+@pytest.mark.anyio
 async def test_cancelling_kills_the_worker() -> None:
     async with scorer() as rewards:
         await rewards.score({}, rollout("right"))

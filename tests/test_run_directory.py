@@ -152,6 +152,20 @@ def test_overwrite_starts_anew(tmp_path):
     assert (outside / "file").exists()
 
 
+def test_a_dataset_in_the_run_directory_is_not_deleted(tmp_path):
+    rows = start(tmp_path).path / "rows.jsonl"
+    rows.touch()
+    with pytest.raises(RunDirectoryError, match=r"--overwrite would delete --env-args path .*rows\.jsonl"):
+        start(tmp_path, overwrite=True, env_args={"path": str(rows), "split": "train"})
+    assert rows.exists()
+
+
+def test_where_no_directory_can_be_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirectoryError, match=r"--run-dir .*run: expected a directory that can be written to"):
+        start(tmp_path / "file")
+
+
 @pytest.mark.parametrize("setting", ["init_adapter", "model"])
 def test_what_a_run_begins_with_is_not_deleted(tmp_path, setting):
     run = start(tmp_path)

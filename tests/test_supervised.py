@@ -219,6 +219,11 @@ CHAT = [user("x"), assistant("y")]
         ([{"messages": "x"}], "row 0: expected messages to be a list of messages with role and content, got 'x'"),
         ([{"messages": [*CHAT[:1], {"role": "assistant"}]}], "row 0: TypeError|row 0: UndefinedError"),
         ([{"text": "x"}, {"text": None}], "row 1: expected text to be a string, got NoneType"),
+        ([{"messages": CHAT, "tools": ["search"]}], "expected no tools, which prompts are not rendered with yet"),
+        (
+            [{"messages": [*CHAT[:1], {"role": "assistant", "content": "", "tool_calls": [{"name": "search"}]}]}],
+            "row 0: expected a chat template that writes tool_calls",
+        ),
     ],
 )
 def test_datasets_that_cannot_be_used_are_explained(rows: list[dict[str, Any]], message: str, tokenizer: Any) -> None:

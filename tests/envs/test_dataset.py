@@ -28,6 +28,9 @@ async def right(completions, answer, **_):
     await asyncio.sleep(0)
     return [1.0 if completion == a else None for completion, a in zip(completions, answer)]
 
+async def loop(completions, **_):
+    return [float(id(asyncio.get_running_loop()))]
+
 def two(completions, **_):
     return [1.0, 2.0]
 """
@@ -79,6 +82,18 @@ def test_rewards_are_weighted_and_none_is_left_out() -> None:
         load("right").score(environment.task(0), rollout("3"))
     with pytest.raises(ValueError, match="two returned 2 rewards for 1 completion"):
         load("two").score(environment.task(0), rollout("3"))
+
+
+def test_all_calls_of_asynchronous_rewards_run_in_one_loop() -> None:
+    environment = load("loop")
+    first, second = (environment.score(environment.task(index), rollout("2")) for index in range(2))
+    assert first == second, "a client that is kept would be of a loop that is closed"
+
+
+def test_a_column_that_would_hide_the_answers_is_refused(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "1 + 1 =", "completions": "2"}))
+    with pytest.raises(BadEnvironmentError, match="expected no column completions, which reward functions get"):
+        load("length")
 
 
 def test_a_reward_of_trls_own_on_a_conversation(folder: Path) -> None:
