@@ -64,9 +64,7 @@ class Dataset(MessageEnvironment):
             raise ValueError(
                 f"{path}: expected no column {taken[0]}, which reward functions get of each answer; rename it"
             )
-        self._runner = (
-            asyncio.Runner()
-        )  # one loop for all calls: a client that is kept belongs to the loop of its first
+        self._runner = asyncio.Runner()  # one loop for all calls: a client that is kept belongs to that of its first
         weakref.finalize(self, self._runner.close)
 
     def __len__(self) -> int:

@@ -140,7 +140,7 @@ def _check(path: Path, settings: TrainingSettings) -> None:
     }
     needed |= {f"--env-args {name}": value for name, value in getattr(settings, "env_args", {}).items()}
     for flag, file in needed.items() if settings.overwrite else ():
-        if not isinstance(file, str | Path) or not file or not Path(file).exists():
+        if not isinstance(file, str | Path) or not os.path.exists(file):  # which takes any text
             continue
         if Path(file).resolve().is_relative_to(path.resolve()):
             raise RunDirectoryError(
