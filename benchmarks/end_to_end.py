@@ -138,7 +138,7 @@ def fits(system: str, num_gpus: int) -> bool:
 
 def prepare_model(case: Case, like: str, scratch: Path) -> Path:
     """A folder whose model ends its completions as the case says. Random weights are written once."""
-    folder, tokenizer = scratch / "model", Path(resolve_model(like))
+    folder, tokenizer = scratch / "model", resolve_model(like)
     if not case.is_random:
         return endless_model(like, folder) if case.lengths == "fixed" else tokenizer
     if not folder.exists():

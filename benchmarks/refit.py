@@ -150,7 +150,7 @@ def make_model(name: str, folder: Path, like: str) -> None:
         endless_model(name, folder)
         return
     write_model(SHAPES[name], folder)
-    for file in Path(resolve_model(like)).glob("*token*"):
+    for file in resolve_model(like).glob("*token*"):
         shutil.copy(file, folder)
     torch.cuda.empty_cache()
 

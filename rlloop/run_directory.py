@@ -100,7 +100,7 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
         if settings.overwrite:
             _empty(path)
         if settings.resume:
-            _check_fixed(path, settings)
+            _check_settings(path, settings)
         else:
             (path / wandb.RUN_ID).unlink(missing_ok=True)  # of a start that failed
         attempt = 1 if settings.overwrite else int(lock.read() or 0) + 1
@@ -175,7 +175,7 @@ def _empty(path: Path) -> None:
             entry.unlink()
 
 
-def _check_fixed(path: Path, settings: TrainingSettings) -> None:
+def _check_settings(path: Path, settings: TrainingSettings) -> None:
     try:
         before = tomllib.loads((path / CONFIG).read_text())
     except ValueError as error:

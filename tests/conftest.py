@@ -25,7 +25,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder in float32; its first use on a machine converts it."""
-    return Path(resolve_model(SMOLLM2))
+    return resolve_model(SMOLLM2)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 
 from rlloop.engine import vllm_compat
-from rlloop.errors import EngineError, RlloopError
+from rlloop.errors import EngineError, RlloopError, one_line
 from rlloop.processes import blocked_signals, environment
 
 _SPAWNING = Lock()
@@ -54,7 +54,7 @@ class _Start:
         except RlloopError:
             raise
         except Exception as error:
-            cause = self._first_error() or " ".join(str(error).split())
+            cause = self._first_error() or one_line(error)
             raise EngineError(f"vLLM could not start: {cause} (its log: {self._log_path})") from error
 
     def _run(self) -> Any:

@@ -88,11 +88,9 @@ class PeftRank:
         base.eval()  # the policy that learns is the one that sampled
         if settings.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-            for (
-                module
-            ) in base.modules():  # these compute anew in training mode only; what is in them stays in the other
+            for module in base.modules():
                 if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True
+                    module.training = True  # without which it computes nothing anew; what is in it stays as it is
         self._base = base
         self._decoder = base.get_decoder()
         self._peft: peft.PeftModel | None = None
