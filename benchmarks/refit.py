@@ -128,6 +128,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=[], choices=list(SHAPES), help="instead of --model")
     parser.add_argument("--forms", nargs="+", default=list(get_args(RefitForm)), choices=get_args(RefitForm))
     parser.add_argument("--ranks", type=int, nargs="+", default=[32] if CUDA else [8, 32])
+    by = [each for each in get_args(Transport) if each != "disk"]
+    parser.add_argument("--full_by", default=FASTEST, choices=by, help="transport of whole weights")
     parser.add_argument(
         "--kv_cache_gib", type=int, default=20 if CUDA else 1, help="256 requests of the 8B shape need 18"
     )
@@ -183,7 +185,7 @@ async def measure_case(
                 settings=TrainerSettings(kind=kind),
                 temperature=1.0,
                 writer=ChosenWriter(dtype, segment, choice),
-                sender=WeightsSender(FASTEST, dtype, f"{segment}-full", 1),
+                sender=WeightsSender(options.full_by, dtype, f"{segment}-full", 1),
                 cores=placement.trainer_cores,
                 visible_gpus=placement.trainer_devices,
                 log_path=settings.run_dir / "trainer.log",
@@ -204,11 +206,13 @@ async def measure_case(
         )
         for form in options.forms:
             async with start(form=form) as engine:
-                publisher = Publisher(engine, trainer, form, choice, [FASTEST] if form == "full" else transports)
+                publisher = Publisher(
+                    engine, trainer, form, choice, [options.full_by] if form == "full" else transports
+                )
                 if form == "adapter":
                     await engine.publish(0, await trainer.export_adapter("old"))
                 else:
-                    await publisher.publish(FASTEST)
+                    await publisher.publish(publisher.transports[0])
                 title = f"{name}, rank {rank}, {form}" + (", each on its own GPU" if has_own_gpus else "")
                 stages = await measure_stages(publisher, options.repeats)
                 report.table(f"{title}: publish on an idle engine, medians of {options.repeats}, ms", stages)
