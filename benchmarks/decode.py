@@ -64,7 +64,7 @@ def main() -> None:
             make_model(name, model, options.model)
             rows: list[dict[str, Cell]] = []
             measure = partial(measure_model, model=model, options=options, rows=rows)
-            run(measure, RunSettings(run_dir=Path(scratch) / "run"))
+            run(measure, RunSettings(model=str(model), run_dir=Path(scratch) / "run"))
             title = (
                 f"{name}: tokens/s, {PROMPT_TOKENS} prompt and {NUM_TOKENS} new tokens a request, rank {options.rank}"
             )

@@ -52,6 +52,7 @@ from trl_baseline import GROUP_SIZE
 from rlloop.config import RunSettings
 from rlloop.models import resolve_model, weight_bytes
 from rlloop.placement import resolve_dtype, visible_gpus
+from rlloop.processes import guard
 
 WARMUP = 3
 PROMPT_ROOM = 96
@@ -209,15 +210,9 @@ def trl_options(case: Case, model: Path, scratch: Path) -> list[str]:
 
 
 def last_line(command: Sequence[str]) -> Run:
-    """Run it, with whatever it starts; what it prints last, as JSON."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
-        try:
-            output, _ = child.communicate()
-        except BaseException:
-            os.killpg(child.pid, signal.SIGKILL)
-            raise
-    if child.returncode:
-        raise subprocess.CalledProcessError(child.returncode, command)
+    """Run it; what it prints last, as JSON."""
+    with guard():  # ranks that torch.distributed.run starts outlive it when it is killed
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     found: Run = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
     return found
 

@@ -63,7 +63,7 @@ def main() -> None:
             rows: list[dict[str, Cell]] = []
             measure = partial(measure_model, model=model, options=options, rows=rows)
             try:
-                run(measure, RunSettings(run_dir=Path(scratch) / "run"))
+                run(measure, RunSettings(model=str(model), run_dir=Path(scratch) / "run"))
             finally:
                 report.table(f"{name}: tokens/s, {PROMPT_TOKENS} prompt and {NUM_TOKENS} new tokens a request", rows)
                 report.write()

@@ -141,7 +141,7 @@ def main() -> None:
             make_model(name, model, options.model)
             for rank in options.ranks:
                 measure = partial(measure_case, name=name, rank=rank, options=options, model=str(model), report=report)
-                run(measure, RunSettings(run_dir=Path(scratch) / "run"))
+                run(measure, RunSettings(model=str(model), run_dir=Path(scratch) / "run"))
                 shutil.rmtree(Path(scratch) / "run")
 
 
