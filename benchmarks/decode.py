@@ -64,12 +64,14 @@ def main() -> None:
             make_model(name, model, options.model)
             rows: list[dict[str, Cell]] = []
             measure = partial(measure_model, model=model, options=options, rows=rows)
-            run(measure, RunSettings(model=str(model), run_dir=Path(scratch) / "run"))
             title = (
                 f"{name}: tokens/s, {PROMPT_TOKENS} prompt and {NUM_TOKENS} new tokens a request, rank {options.rank}"
             )
-            report.table(title, rows)
-            report.write()
+            try:
+                run(measure, RunSettings(model=str(model), run_dir=Path(scratch) / "run"))
+            finally:
+                report.table(title, rows)
+                report.write()
 
 
 async def measure_model(
