@@ -36,7 +36,7 @@ from rlloop.placement import place, resolve_dtype
 from rlloop.processes import shared_memory_prefix
 from rlloop.refit.transports import Writer, make_writer
 from rlloop.run import run
-from rlloop.types import GenerationRequest, LoraConfig
+from rlloop.types import GenerationRequest, LoraConfig, RefitForm
 
 CUDA = torch.cuda.is_available()
 NUM_TOKENS = 256 if CUDA else 32
@@ -86,17 +86,26 @@ async def measure_model(
     nothing = {name: torch.zeros_like(each) if ".lora_B." in name else each for name, each in adapter.items()}
     async with AsyncExitStack() as stack:
         stack.callback(writer.close)
-        start = partial(
-            start_vllm,
-            str(model),
-            engine_settings,
-            dtype=dtype,
-            lora=LoraConfig(rank=options.rank),
-            num_versions=3,
-            cores=placement.engine_cores,
-        )
-        merged = await stack.enter_async_context(start(form="merged", log_path=settings.run_dir / "merged.log"))
-        slots = await stack.enter_async_context(start(log_path=settings.run_dir / "slots.log"))
+        started: dict[str, VllmEngine] = {}
+
+        async def start(form: RefitForm) -> None:
+            started[form] = await stack.enter_async_context(
+                start_vllm(
+                    str(model),
+                    engine_settings,
+                    dtype=dtype,
+                    lora=LoraConfig(rank=options.rank),
+                    num_versions=3,
+                    cores=placement.engine_cores,
+                    form=form,
+                    log_path=settings.run_dir / f"{form}.log",
+                )
+            )
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(start, "merged")
+            tasks.start_soon(start, "adapter")
+        merged, slots = started["merged"], started["adapter"]
         offline = None
         if not options.without_offline:
             offline = await anyio.to_thread.run_sync(start_offline, model, dtype, engine_settings)
