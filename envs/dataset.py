@@ -6,7 +6,8 @@
 A row needs the column `prompt`, a string (continued as it stands) or a list of messages (rendered by the chat template). A
 reward function is called by keyword with lists of one: `prompts`, `completions` (strings, or lists of one message),
 `completion_ids`, and every other column; it returns a list of one float, or of None where it does not apply. It may be
-asynchronous. The reward is the sum of those that apply, each times its weight. `trainer_state` is None.
+asynchronous, and holds one of `--environment.score-workers` while it waits. The reward is the sum of those that apply, each
+times its weight. `trainer_state` is None.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import asyncio
 import inspect
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,12 @@ FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 
 
 class Dataset(MessageEnvironment):
-    """`path` is a JSON, CSV or Parquet file, or what `datasets.load_dataset` takes, with its `name` and `split`; `weights` are
-    1 if not given."""
+    """`path` is a JSON, CSV or Parquet file, a pattern or a list of them, or what `datasets.load_dataset` takes, with its `name`
+    and `split`; `weights` are 1 if not given."""
 
     def __init__(
         self,
-        path: str,
+        path: str | list[str],
         rewards: Sequence[str],
         weights: Sequence[float] | None = None,
         name: str | None = None,
@@ -54,7 +55,7 @@ class Dataset(MessageEnvironment):
             raise ValueError(
                 f"expected a weight for each reward function, got {len(self._weights)} for {list(rewards)}"
             )
-        kind = FORMATS.get(Path(path).suffix)
+        kind = FORMATS.get(Path(path if isinstance(path, str) else path[0]).suffix)
         self._rows: Rows = (
             load_dataset(kind, data_files=path, split=split) if kind else load_dataset(path, name, split=split)
         )
@@ -112,11 +113,18 @@ class Dataset(MessageEnvironment):
 
     def _call(self, function: Any, arguments: dict[str, Any]) -> float | None:
         answer = function(**arguments)
-        if inspect.iscoroutinefunction(function):
-            answer = self._runner.run(answer)
-        if len(answer) != 1:
-            raise ValueError(f"{function.__name__} returned {len(answer)} rewards for 1 completion")
-        return None if answer[0] is None else float(answer[0])
+        if inspect.isawaitable(answer):
+            answer = self._runner.run(_awaited(answer))
+        try:
+            [reward] = answer
+        except (TypeError, ValueError):
+            name = getattr(function, "__name__", function)
+            raise ValueError(f"expected a list of one reward for one completion from {name}, got {answer!r}") from None
+        return None if reward is None else float(reward)
+
+
+async def _awaited(answer: Awaitable[Any]) -> Any:
+    return await answer
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ import pkgutil
 import shlex
 import sys
 from collections.abc import Callable, Coroutine
+from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rlloop.run import SettingsT
 
 ALGORITHMS = "rlloop.algorithms"  # a name, not an import: the library knows no algorithm
+_EXCLUSIVE = ("--overwrite", "--no-overwrite", "--resume", "--no-resume")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,7 +88,12 @@ def _names() -> list[str]:
 
 
 def _resumed(arguments: list[str]) -> list[str]:
-    return [argument for argument in arguments if argument not in ("--overwrite", "--resume")] + ["--resume"]
+    kept: list[str] = []
+    for before, argument in pairwise(["", *arguments]):
+        is_value = before in _EXCLUSIVE and argument.lower() in ("true", "false")
+        if argument.partition("=")[0] not in _EXCLUSIVE and not is_value:
+            kept.append(argument)
+    return [*kept, "--resume"]
 
 
 def _attempt(settings: TrainingSettings) -> int | None:

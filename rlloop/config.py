@@ -212,7 +212,7 @@ class EnvironmentSettings(Settings):
     score_timeout: float = Field(30.0, gt=0)
     """Seconds that scoring one rollout may take; then its worker process is killed and the rollout counts as timed out."""
     score_workers: int = Field(2, ge=1)
-    """Processes that score."""
+    """Processes that score, each one rollout at a time: where a reward waits for a judge, as many as that takes requests."""
     rollout_timeout: float = Field(600.0, gt=0)
     """Seconds that one rollout may take."""
     min_group_size: int | None = Field(None, ge=1)

@@ -13,7 +13,7 @@
     │   ├── TornUpdate       an update failed between two of its optimizer steps; its weights are not saved
     │   └── Interrupted      a call to the trainer was ended because another came first (rlloop.trainer.ranks)
     ├── RefitError           an adapter did not arrive, or what arrived is not what was sent
-    └── Stopped              Ctrl-C or SIGTERM ended the run; what it had done is saved
+    └── Stopped              Ctrl-C, SIGTERM or SIGHUP ended the run; what it had done is saved
 
 A message says what was expected, what came, and what to do. Failures of one rollout (an environment that raises or times
 out) are data, not errors: see `rlloop.types.Failure`.
@@ -67,7 +67,7 @@ class RefitError(RlloopError):
 
 
 class Stopped(RlloopError):
-    """Ctrl-C or SIGTERM ended the run; what it had done is saved."""
+    """Ctrl-C, SIGTERM or SIGHUP ended the run; what it had done is saved."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(f"stopped by {number.name}")

@@ -106,14 +106,14 @@ class Span:
         self._events._record(self._name, self._resource, self._start, end, self._policy_version, self._fields, error)
 
 
-def chrome_trace(events: Path, out: Path) -> None:
+def chrome_trace(events: str | Path, out: str | Path) -> None:
     """Convert events.jsonl to Chrome's trace format, which Perfetto and chrome://tracing show.
 
     A resource is a process there; spans that overlap get lanes (threads) of their own, as few as they need.
     """
     resources: dict[str, list[float]] = {}  # per lane: when its last span ends
     trace: list[dict[str, Any]] = []
-    for event in sorted(jsonl.read(events), key=lambda event: (event["start"], event["end"])):
+    for event in sorted(jsonl.read(Path(events)), key=lambda event: (event["start"], event["end"])):
         lanes = resources.setdefault(event["resource"], [])
         free = (lane for lane, end in enumerate(lanes) if end <= event["start"])
         lane = next(free, len(lanes))
@@ -129,4 +129,4 @@ def chrome_trace(events: Path, out: Path) -> None:
         {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": resource}}
         for pid, resource in enumerate(resources)
     ]
-    out.write_bytes(jsonl.encode({"traceEvents": names + trace}))
+    Path(out).write_bytes(jsonl.encode({"traceEvents": names + trace}))

@@ -29,7 +29,9 @@ def parse(settings: type[SettingsT], args: list[str], prog: str) -> tuple[Settin
         else:
             rest.append(argument)
     for flag, other in (("--resume", "--overwrite"), ("--overwrite", "--resume")):
-        if flag in rest and other not in rest:  # they exclude each other, and a flag wins over a file
+        if {flag, f"{flag}=true"} & {
+            *rest
+        } and other not in rest:  # they exclude each other, and a flag wins over a file
             rest.append(f"--no-{other[2:]}")
     epilog = (
         "\n\n--config FILE reads settings from a TOML file; flags win over it. --dry-run prints the resolved settings."

@@ -39,9 +39,7 @@ def resolve_model(name: str) -> Path:
         return _converted_smollm2()
     folder = Path(name).expanduser()
     if name and folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"--model: expected a Hugging Face folder, got {name}, which has no config.json")
-        return folder
+        return _checked(folder, name)
     if not _HUB_ID.fullmatch(name):
         raise ConfigError(f"--model: expected a hub id (owner/name), an existing folder or {SMOLLM2}, got {name!r}")
     return _downloaded(name)
@@ -58,6 +56,10 @@ def _downloaded(name: str) -> Path:
             f"--model: expected a hub id that can be downloaded (`hf auth login` for a private or gated one), or an existing "
             f"folder, got {name!r}: {one_line(error)}"
         ) from error
+    return _checked(folder, name)
+
+
+def _checked(folder: Path, name: str) -> Path:
     if missing := [pattern for pattern in ("config.json", "*.safetensors") if not any(folder.glob(pattern))]:
         raise ConfigError(f"--model: expected a model with {missing[0]}, got {name!r}, which has none")
     return folder
@@ -91,6 +93,12 @@ def check_adapter(folder: Path, lora: LoraSettings) -> None:
                 f"--init-adapter {folder}: expected {key} {value}, got {found}; set --lora.rank and --lora.alpha as it was "
                 "trained (rank-stabilised LoRA, DoRA and scales by layer cannot be begun with)"
             )
+    modules = saved.get("target_modules")
+    if isinstance(modules, list) and (names := {each.rpartition(".")[2] for each in modules}) != {*lora.targets}:
+        raise ConfigError(
+            f"--init-adapter {folder}: expected {', '.join(sorted(lora.targets))}, got {', '.join(sorted(names))}; set "
+            "--lora.targets as it was trained"
+        )
 
 
 def weight_bytes(folder: Path, dtype: str) -> int:

@@ -19,6 +19,8 @@ def load_object(path: str) -> Callable[..., Any]:
     which says what is missing.
     """
     module_name, _, name = path.partition(":")
+    if not is_path(path):
+        raise ConfigError(f"expected package.module:name, got {path!r}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

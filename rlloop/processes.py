@@ -30,8 +30,8 @@ VARIABLE = "RLLOOP_RUN_ID"
 """Environment variable with the mark of the run."""
 
 _KILL_SECONDS = 5.0
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""By the guardian: a batch system may send them to every process of the job."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What ends a run in order. A terminal or a batch system may send them to every process of the job."""
 _SHARED_MEMORY = "/dev/shm"
 
 
@@ -106,19 +106,19 @@ def blocked_signals(*signals: signal.Signals) -> Iterator[None]:
 
     So Ctrl-C, which a terminal sends to all processes at once, reaches only the one that stops the others.
     """
-    # Starting the tracker unblocks SIGINT and SIGTERM (Python 3.11), and multiprocessing would do so within the block.
-    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
+        # Unblocks SIGINT and SIGTERM, which the tracker ignores (Python 3.11); multiprocessing would do so in the block.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_guardian(marker: str) -> subprocess.Popen[bytes]:
-    # Inherited, so that they do not end it before it has said that it ignores them.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
-    try:
+    # Inherited, so that they do not end it before it has said that it ignores them, nor the tracker at all.
+    with blocked_signals(*STOP_SIGNALS):
         guardian = subprocess.Popen(
             # -I: this folder must not be on sys.path, where our types.py would hide Python's. -S: starts sooner.
             [sys.executable, "-I", "-S", __file__, marker],
@@ -130,8 +130,6 @@ def _start_guardian(marker: str) -> subprocess.Popen[bytes]:
             start_new_session=True,  # out of reach of Ctrl-C
             bufsize=0,
         )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert guardian.stdin is not None
     # Programs do not inherit the pipe, but forked children do, and would keep it open when this process has died.
     os.register_at_fork(after_in_child=guardian.stdin.close)
@@ -200,7 +198,7 @@ def _read(pid: int, name: str) -> bytes:
 
 
 def _watch(marker: str) -> None:
-    for number in _IGNORED:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()  # ends when the parent closes its end of the pipe, or dies
     kill_marked(marker)

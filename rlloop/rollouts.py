@@ -77,6 +77,16 @@ class EnginePolicy:
         return completion
 
 
+def make_task(environment: Environment, index: int) -> Any:
+    """The environment's task, or, where its code raises, the Failure that all rollouts of it are."""
+    try:
+        return environment.task(index)
+    except RlloopError:
+        raise
+    except Exception as error:
+        return Failure("error", "task", explain(error))
+
+
 async def sample_group(
     prompt: Prompt,
     *,
@@ -91,7 +101,8 @@ async def sample_group(
 ) -> Group:
     """Sample and score `settings.group_size` rollouts of the prompt with one policy version, or from that on.
 
-    A member whose environment or reward raises, or takes too long, becomes one of `Group.failures`. What says nothing
+    A member whose environment or reward raises, or takes too long, becomes one of `Group.failures`, as all do whose task is a
+    Failure. What says nothing
     about the policy is raised: EngineError and every other RlloopError, PromptTooLong among them. Each member samples
     with seeds of its own. Spans: `rollout` until the last rollout ends, `score` from the end of the first.
     """
@@ -113,7 +124,7 @@ async def sample_group(
         )
         try:
             task = _own_copy(prompt.task)
-            outcome = await _roll_out(environment, task, policy)
+            outcome = task if isinstance(task, Failure) else await _roll_out(environment, task, policy)
             progress.rolled_out(member)
             if isinstance(outcome, Rollout):
                 reward = await scorer.score(task, outcome)

@@ -26,6 +26,7 @@ from rlloop.environment import Environment, load_environment
 from rlloop.errors import CheckpointError, ConfigError, RankDied, TornUpdate, first_error
 from rlloop.evaluation import Evaluation
 from rlloop.events import Events
+from rlloop.failures import FailureLog
 from rlloop.ledger import Ledger, fingerprint
 from rlloop.loop import Loop, Step
 from rlloop.metrics import StepMetrics, completion_rows
@@ -35,7 +36,7 @@ from rlloop.processes import guard
 from rlloop.refit.canary import open_canary
 from rlloop.refit.publisher import Refit
 from rlloop.rewards import Scorer
-from rlloop.rollouts import derive_seed, sample_group
+from rlloop.rollouts import derive_seed, make_task, sample_group
 from rlloop.run_directory import RunDirectory, open_run_directory
 from rlloop.signals import stop_on_signals
 from rlloop.staleness import Backlog
@@ -93,6 +94,7 @@ class Run:
         self._metrics.totals.update(self.totals)
         self._saved = self.first_step
         self._checkpoint_seconds = 0.0
+        self._failures = FailureLog()
         self._evaluation = self._open_evaluation()
         self._canary = open_canary(settings, self.tokenizer, self.trainer, self.engine, self.refit, POLICY, self.events)
         async with create_task_group() as self._tasks:
@@ -114,14 +116,14 @@ class Run:
 
     def task(self, index: int) -> Any:
         """See `Stages.task`."""
-        return self.environment.task(index)
+        return make_task(self.environment, index)
 
     async def sample(self, prompt: Prompt, version: int) -> Group:
         """See `Stages.sample`."""
         return await self._sample(self.settings, self.refit.in_flight, prompt, version)
 
     async def _sample(self, settings: RunSettings, in_flight: InFlight, prompt: Prompt, version: int) -> Group:
-        return await sample_group(
+        group = await sample_group(
             prompt,
             environment=self.environment,
             scorer=self.scorer,
@@ -132,6 +134,8 @@ class Run:
             in_flight=in_flight,
             events=self.events,
         )
+        self._failures.report(prompt.index, group.failures)
+        return group
 
     async def update(self, groups: list[Group]) -> Metrics:
         """See `Stages.update`."""
@@ -160,7 +164,7 @@ class Run:
             return None
         first = self.ledger.num_tasks
         prompts = [
-            Prompt(index, index, derive_seed(settings.seed, index), self.environment.task(index))
+            Prompt(index, index, derive_seed(settings.seed, index), self.task(index))
             for index in range(first, first + settings.num_held_out)
         ]
         sampling, wanted = settings.sampling, settings.evaluation
@@ -293,6 +297,8 @@ def open_records(
     stack.callback(events.close)
     tracker = open_trackers(settings, directory.path, directory.attempt)
     stack.callback(tracker.close)
+    if checkpoint and checkpoint.step == settings.num_steps:
+        tracker.status(f"all {settings.num_steps} steps are made; a greater --num-steps goes on")
     for warning in checkpoint.passed_over if checkpoint else ():
         tracker.status(f"passed over a broken checkpoint: {warning}")
     return directory, checkpoint, events, tracker
@@ -321,7 +327,7 @@ def _count_tasks(settings: RunSettings, environment: Environment) -> int:
 def _open_ledger(
     settings: RunSettings, environment: Environment, num_tasks: int, checkpoint: Checkpoint | None
 ) -> tuple[Ledger, str]:
-    tasks = [environment.task(index) for index in sorted({part * num_tasks // 64 for part in range(64)})]
+    tasks = [make_task(environment, index) for index in sorted({part * num_tasks // 64 for part in range(64)})]
     identity = fingerprint(settings.env, settings.all_env_args, num_tasks, tasks)
     if checkpoint is None:
         return Ledger(num_tasks, settings.seed, identity, settings.curriculum), identity

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from rlloop.checkpoint import newest_checkpoint
 from rlloop.config import TrainingSettings
 from rlloop.errors import RunDirectoryError
 from rlloop.tracking import wandb
@@ -84,8 +85,8 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
     are others than before.
 
     Raises RunDirectoryError if the directory is used and neither flag is given, if it is no run directory, if it holds
-    nothing to resume, or what the run is to begin with and `overwrite` would delete, if a setting of `FIXED` differs from that
-    of the run to resume, or if another run is using it.
+    nothing to resume, or more steps than are asked for, or what the run is to begin with and `overwrite` would delete, if a
+    setting of `FIXED` differs from that of the run to resume, or if another run is using it.
     """
     path = settings.run_dir
     config = settings.model_copy(update={"resume": False, "overwrite": False}).to_toml().encode()
@@ -139,7 +140,8 @@ def _check(path: Path, settings: TrainingSettings) -> None:
         f"--{name.replace('_', '-')}": getattr(settings, name, None) for name in ("model", "init_adapter", "dataset")
     }
     needed |= {f"--env-args {name}": value for name, value in getattr(settings, "env_args", {}).items()}
-    for flag, file in needed.items() if settings.overwrite else ():
+    files = [(flag, file) for flag, each in needed.items() for file in (each if isinstance(each, list) else [each])]
+    for flag, file in files if settings.overwrite else ():
         if not isinstance(file, str | Path) or not os.path.exists(file):  # which takes any text
             continue
         if Path(file).resolve().is_relative_to(path.resolve()):
@@ -180,14 +182,19 @@ def _check_settings(path: Path, settings: TrainingSettings) -> None:
         before = tomllib.loads((path / CONFIG).read_text())
     except ValueError as error:
         raise RunDirectoryError(f"{path / CONFIG} cannot be read, so the run cannot be resumed: {error}") from error
+    newest = newest_checkpoint(path)
+    if newest and newest.step > settings.num_steps:
+        raise RunDirectoryError(
+            f"--num-steps: expected at least the {newest.step} steps that {path} has made, got {settings.num_steps}"
+        )
     now = tomllib.loads(settings.to_toml())
     changes = _changes(before, now, FIXED)
     if (held_out := _held_out(now)) != _held_out(before):
         changes.append(f"--evaluation held out {_held_out(before)} tasks and would hold out {held_out}")
     if changes:
         raise RunDirectoryError(
-            f"cannot resume {path} with other settings: {'; '.join(changes)}. Use those that the run began with, "
-            "or start a new run with another --run-dir"
+            f"cannot resume {path} with other settings: {'; '.join(changes)}. Use those that the run began with "
+            f"(--config {path / CONFIG}), or start a new run with another --run-dir"
         )
     may_differ = {"run_dir", "num_steps", "resume", "overwrite"}
     if others := _changes(before, now, sorted({*_names(before), *_names(now)} - may_differ)):

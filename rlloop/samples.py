@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +31,10 @@ def make_samples(
 ) -> list[Sample]:
     """One sample for each rollout that has a loss token; each of its tokens gets the rollout's advantage.
 
-    `whiten`: see `rlloop.advantages.whitened`.
+    `whiten`: see `rlloop.advantages.whitened`. Raises ValueError for advantages that are not one of each reward.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    credit_of = np.concatenate([advantages(group.rewards) for group in groups])
+    credit_of = np.concatenate([_one_each(advantages(group.rewards), len(group.rewards)) for group in groups])
     if whiten:
         credit_of = whitened(credit_of)
     of_rollouts = [group for group in groups for _ in group.rollouts]
@@ -52,6 +52,15 @@ def make_samples(
         for rollout, group, credit, weight in zip(rollouts, of_rollouts, credit_of, weights, strict=True)
         if rollout.loss_mask.any()
     ]
+
+
+def _one_each(advantages: Any, number: int) -> NDArray[np.float64]:
+    found = np.asarray(advantages, np.float64)
+    if found.shape != (number,):
+        raise ValueError(
+            f"expected an array of {number} advantages for as many rewards, got one of shape {[*found.shape]}"
+        )
+    return found
 
 
 def token_staleness(rollout: Rollout, group: Group) -> FloatArray:

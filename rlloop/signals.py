@@ -1,31 +1,48 @@
-"""Ctrl-C and SIGTERM end a run in order: what runs in the block is cancelled, and cleans up behind itself."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run in order: what runs in the block is cancelled, and cleans up behind itself."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from time import monotonic
 
 from anyio import TASK_STATUS_IGNORED, CancelScope, create_task_group, open_signal_receiver
 from anyio.abc import TaskStatus
 
 from rlloop.errors import Stopped, first_error
+from rlloop.processes import STOP_SIGNALS
+
+_ONE_STOP = 2.0
+"""Seconds within which signals are one: `timeout` and batch systems send theirs to a process and then to its whole group."""
 
 
 @asynccontextmanager
 async def stop_on_signals() -> AsyncIterator[None]:
-    """Cancel the block at the first SIGINT or SIGTERM, and then raise Stopped; a second signal ends the process at once."""
+    """Cancel the block at the first SIGINT, SIGTERM or, unless `nohup` has it ignored, SIGHUP, and then raise Stopped.
+
+    A second one, some seconds later, ends the process at once.
+    """
+    caught = [number for number in STOP_SIGNALS if not (number == signal.SIGHUP and _is_ignored(number))]
     received: list[signal.Signals] = []
 
     async def watch(*, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
-        with open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        with open_signal_receiver(*caught) as signals:
             task_status.started()
+            since = 0.0
             async for number in signals:
-                if received:
+                if not received:
+                    since = monotonic()
+                    received.append(number)
+                    logging.getLogger(__name__).warning(
+                        "%s: the run ends, and what it has done is saved; once more ends it at once, and saves nothing",
+                        number.name,
+                    )
+                    work.cancel()
+                elif monotonic() - since > _ONE_STOP:
                     os._exit(128 + number)  # the guardian of rlloop.processes kills what is left
-                received.append(number)
-                work.cancel()
 
     try:
         async with create_task_group() as tasks:
@@ -39,3 +56,7 @@ async def stop_on_signals() -> AsyncIterator[None]:
         raise
     if received:
         raise Stopped(received[0])
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN

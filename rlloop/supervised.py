@@ -69,8 +69,9 @@ def load_rows(path: str, name: str | None = None, split: str = "train") -> Any:
     try:
         return load_dataset(kind, data_files=path, split=split) if kind else load_dataset(path, name, split=split)
     except Exception as error:  # of many kinds, from a missing file to a server's
+        cause = error.__cause__ or error
         raise ConfigError(
-            f"--dataset {path} cannot be loaded: {type(error).__name__}: {error}. It is a JSON, CSV or Parquet file, or what "
+            f"--dataset {path} cannot be loaded: {type(cause).__name__}: {cause}. It is a JSON, CSV or Parquet file, or what "
             "datasets.load_dataset takes, with --dataset-name and --split"
         ) from error
 

@@ -114,7 +114,7 @@ class Failure:
     """A rollout that did not end or could not be scored. It is counted and has no reward."""
 
     kind: Literal["error", "timeout"]
-    stage: Literal["rollout", "score"]
+    stage: Literal["task", "rollout", "score"]
     message: str
 
 

@@ -154,8 +154,12 @@ def made_whole() -> Iterator[Callable[[], None]]:
 _SUMMED = ("optim/skipped_steps", "optim/nonfinite_steps", "value/nonfinite_steps", "progress/tokens_trained")
 
 
-_WEIGHED_BY = {"policy": "progress/tokens_trained", "perf": "time/forward_backward"}
-"""What a mean of metrics of this kind is over."""
+_WEIGHED_BY = {
+    "policy": "progress/tokens_trained",
+    "value/clip_frac": "progress/tokens_trained",
+    "perf": "time/forward_backward",
+}
+"""What a mean of this metric, or of metrics of this kind, is over."""
 
 
 def merged(steps: Sequence[Metrics]) -> Metrics:
@@ -170,6 +174,6 @@ def merged(steps: Sequence[Metrics]) -> Metrics:
         elif name.endswith("_max"):
             found[name] = max(values)
         else:
-            weight = _WEIGHED_BY.get(name.partition("/")[0], "")
+            weight = _WEIGHED_BY.get(name, _WEIGHED_BY.get(name.partition("/")[0], ""))
             found[name] = float(np.average(values, weights=[step.get(weight, 1.0) for step in having]))
     return found

@@ -127,3 +127,16 @@ def test_sample_over_the_budget_gets_its_own() -> None:
 def test_first_token_cannot_carry_loss() -> None:
     with pytest.raises(ValueError, match="sample 1: its first token"):
         pack([sample([1], [2], [True]), sample([], [2], [True])], 16)
+
+
+def test_parts_are_alike_though_groups_are_not() -> None:
+    """The large group comes last; in this order one part would have all of it and a small one."""
+    samples = [sample([1], [2] * size, [True] * size, prompt_id=index) for index, size in enumerate([1, 1, 1, 3])]
+    parts = [pack(samples, 100, part=part, num_parts=2) for part in range(2)]
+    assert [sum(len(microbatch.tokens) for microbatch in part) for part in parts] == [3, 3]
+
+
+def test_the_largest_microbatch_comes_first() -> None:
+    """Its memory serves the others."""
+    samples = [sample([1] * 4, [2] * size, [True] * size, prompt_id=size) for size in (6, 5, 3)]
+    assert [len(microbatch.tokens) for microbatch in pack(samples, 14)] == [14, 9]  # of 8 and 6; of 9

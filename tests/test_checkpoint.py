@@ -9,6 +9,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from rlloop import checkpoint as checkpoint_module
 from rlloop.checkpoint import newest_checkpoint, write_checkpoint
 from rlloop.errors import CheckpointError, RankDied, TrainerError
 
@@ -227,3 +228,29 @@ def test_killed_before_any_change_of_the_file_system(tmp_path):
         assert names(root) == ["step_000002", "step_000003"]
         assert sorted(os.listdir(root)) == ["checkpoints", "latest"]
         assert (root / "latest/adapter/weights").read_bytes() == b"weights 3"
+
+
+async def test_what_the_disk_gives_back_differently_is_no_checkpoint(tmp_path, monkeypatch):
+    await write(tmp_path, 5)
+    sync = checkpoint_module._sync
+
+    def rot(path: Path) -> None:
+        sync(path)
+        if path.name == "checkpoints":  # just renamed
+            (path / "step_000010" / "adapter" / "weights").write_bytes(b"Weights 10")
+
+    monkeypatch.setattr(checkpoint_module, "_sync", rot)
+    with pytest.raises(CheckpointError, match=r"step 10 .*reads back differently: adapter/weights is not what"):
+        await write(tmp_path, 10)
+    assert names(tmp_path) == ["step_000005"]
+    assert os.readlink(tmp_path / "latest") == "checkpoints/step_000005"
+
+
+async def test_a_checkpoint_of_another_format_is_passed_over(tmp_path):
+    await write(tmp_path, 5)
+    path = await write(tmp_path, 10) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert (checkpoint.step, len(checkpoint.passed_over)) == (5, 1)
+    assert "is not of format 1" in checkpoint.passed_over[0]

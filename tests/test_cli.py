@@ -101,6 +101,13 @@ def test_a_stopped_run_says_how_to_go_on(
 
 
 @pytest.mark.parametrize(
+    "form", ["--overwrite", "--overwrite true", "--overwrite=true", "--no-resume", "--resume false"]
+)
+def test_however_it_was_overwritten_it_is_not_again(form: str) -> None:
+    assert cli._resumed(["grpo", *form.split(), "--seed", "1"]) == ["grpo", "--seed", "1", "--resume"]
+
+
+@pytest.mark.parametrize(
     ("cause", "is_told"), [(RefitError("the canary disagrees"), True), (EngineError("the engine died"), False)]
 )
 def test_a_stop_does_not_hide_an_error_that_did_not_come_of_it(

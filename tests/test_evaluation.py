@@ -10,6 +10,7 @@ import anyio
 import numpy as np
 import pytest
 
+from rlloop.environment import PromptTooLong
 from rlloop.evaluation import Evaluation, _summarise
 from rlloop.types import Failure, Group, Prompt, Rollout
 
@@ -71,3 +72,42 @@ async def test_one_that_is_cut_off_is_not_lost_in_silence(anyio_backend: str, ca
         await evaluation.start(tasks)
         tasks.cancel_scope.cancel()
     assert caplog.messages == ["the evaluation of policy version 0 is lost: the run's end cut it off"]
+
+
+@pytest.mark.anyio
+async def test_the_next_one_waits_for_the_one_before(anyio_backend: str) -> None:
+    gate, log = anyio.Event(), []
+
+    async def sample(prompt: Prompt, version: int) -> Group:
+        await gate.wait()
+        return group(prompt.ordinal, 1.0)
+
+    evaluation = Evaluation([Prompt(0, 0, 0, None)], sample, FakeRefit(), lambda *_: log.append("reported"))  # type: ignore[arg-type]
+
+    async def begin_next() -> None:
+        await evaluation.start(tasks)
+        log.append("begun")
+
+    async with anyio.create_task_group() as tasks:
+        await evaluation.start(tasks)
+        tasks.start_soon(begin_next)
+        await anyio.wait_all_tasks_blocked()
+        assert log == []
+        gate.set()
+    assert (log[0], sorted(log)) == ("reported", ["begun", "reported", "reported"])
+
+
+@pytest.mark.anyio
+async def test_prompts_without_room_are_left_out(anyio_backend: str) -> None:
+    found: list[float] = []
+
+    async def sample(prompt: Prompt, version: int) -> Group:
+        if prompt.ordinal == 1:
+            raise PromptTooLong("17 tokens")
+        return group(prompt.ordinal, 1.0)
+
+    prompts = [Prompt(ordinal, ordinal, 0, None) for ordinal in range(3)]
+    evaluation = Evaluation(prompts, sample, FakeRefit(), lambda _, m: found.append(m["eval/prompts"]))  # type: ignore[arg-type]
+    async with anyio.create_task_group() as tasks:
+        await evaluation.start(tasks)
+    assert found == [2]

@@ -149,7 +149,7 @@ def test_chrome_trace_gives_overlapping_spans_lanes(tmp_path: Path):
     events.close()
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"name": "torn by a ki')
-    chrome_trace(tmp_path / "events.jsonl", tmp_path / "trace.json")
+    chrome_trace(str(tmp_path / "events.jsonl"), str(tmp_path / "trace.json"))
     trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = {event["pid"]: event["args"]["name"] for event in trace if event["ph"] == "M"}
     placed = {e["name"]: (names[e["pid"]], e["tid"], e["ts"], e.get("dur")) for e in trace if e["ph"] != "M"}

@@ -306,3 +306,13 @@ def test_no_prompt_is_lost_or_trained_twice(data):
     indices = [whole.next()[1] for _ in range(low_water)]
     for start in range(0, low_water, run.num_tasks):
         assert sorted(indices[start : start + run.num_tasks]) == list(range(run.num_tasks))
+
+
+def test_a_resumed_run_does_not_go_back_in_steps():
+    ledger = Ledger(10, 0, "f")
+    take(ledger, 2)
+    ledger.trained([0], step=3)
+    resumed = reload(ledger)
+    take(resumed, 1)
+    with pytest.raises(ValueError, match="step 2 is recorded after step 3"):
+        resumed.trained([1], step=2)

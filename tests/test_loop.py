@@ -314,3 +314,40 @@ def test_no_more_groups_are_replaced_in_a_step_than_allowed(backend: str) -> Non
     loop, _, _ = anyio.run(partial(run, stages, "correct", bound=1, num_steps=6, max_filtered=30), backend=backend)
     assert [step.number for step in stages.steps] == [1, 2, 3, 4, 5, 6]
     assert 30 <= loop.dropped["filtered"] <= 6 * 30
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_environment_that_fails_now_and_then_does_not_end_the_run(backend: str) -> None:
+    """However often: only what fails in a row counts."""
+    boom = Failure("error", "rollout", "boom")
+    stages = FakeStages(FakeTrainer(), random.Random(0), fail=lambda p: boom if p.ordinal % 2 else None)
+    loop, *_ = anyio.run(partial(run, stages, "correct", bound=1, num_steps=30), backend=backend)
+    assert loop.dropped["failed"] > 40
+    assert len(stages.steps) == 30
+
+
+@pytest.mark.parametrize("on_stale", ["correct", "drop"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_group_that_never_ends_is_given_up_when_it_is_too_old(backend: str, on_stale: str) -> None:
+    stages = FakeStages(FakeTrainer(), random.Random(0))
+    stages.seconds = lambda prompt: math.inf if prompt.ordinal == 0 else 0.001
+    loop, ledger, _ = anyio.run(partial(run, stages, on_stale, bound=1), backend=backend)
+    assert (loop.dropped, ledger.counts["stale"], loop.num_in_flight) == ({"stale": 1}, 1, 0)
+
+
+def test_a_step_says_how_long_it_waited_and_how_long_the_update_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("rlloop.loop.monotonic", lambda: now[0])
+
+    class Slow(FakeStages):
+        async def sample(self, prompt: Prompt, version: int) -> Group:
+            now[0] += 1
+            return await super().sample(prompt, version)
+
+        async def update(self, groups: list[Group]) -> Metrics:
+            now[0] += 3
+            return await super().update(groups)
+
+    stages = Slow(FakeTrainer(), random.Random(0))
+    anyio.run(lambda: run(stages, "correct", bound=0, per_step=1, num_steps=3))
+    assert [(step.wait_seconds, step.update_seconds) for step in stages.steps] == [(1, 3)] * 3

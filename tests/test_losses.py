@@ -458,3 +458,12 @@ def test_update_kl_is_of_the_old_policy_to_the_new_one() -> None:
     ratio = (NEW - OLD).exp()
     torch.testing.assert_close(metrics["update_kl"], ratio - 1 - ratio.log())
     assert "update_kl" not in policy_loss(NEW, batch(ADVANTAGES, OLD))[1]
+
+
+@pytest.mark.parametrize(("estimator", "expected"), [("k1", 2 * np.log(2)), ("k3", 2 * 0.1931472)])
+def test_the_penalty_has_the_ratio_of_the_surrogate(estimator: Any, expected: float) -> None:
+    """To the policy that sampled where that is the proximal one: then its gradient is right for stale samples, too."""
+    logprobs, rollout, ref = float64(0.5).log(), float64(0.25).log(), float64(0.25).log()
+    tokens = batch(float64(0), rollout, ref_logprobs=ref)
+    loss, _ = policy_loss(logprobs, tokens, proximal="rollout", kl_coef=0.1, kl_estimator=estimator)
+    assert loss.item() == pytest.approx(0.1 * expected, abs=1e-6)

@@ -187,3 +187,15 @@ def test_rewards_of_groups_that_were_filtered_count(clock: Clock) -> None:
     assert found["reward/mean"] == pytest.approx(4 / 6)
     assert found["reward/frac_zero_std"] == pytest.approx(2 / 3)
     assert found["completions/mean_length"] == 2.5  # of what was trained
+
+
+def test_the_canary_is_no_training_and_the_newest_version_is_the_one_whose_first_token_counts(clock: Clock) -> None:
+    metrics, engine, _ = make_metrics()
+    clock.now += 4.0
+    engine.now = replace(STATISTICS, first_token_seconds={1: 0.5, 2: 0.25})
+    found = metrics.of(make_step(metrics={"time/canary": 1.0}), checkpoint_seconds=0.75)
+    assert found["time/trainer_idle_frac"] == 0.75, "1 of 4 s; its update took 2, of which the canary 1"
+    assert found["refit/first_token_seconds"] == 0.25
+    assert found["time/checkpoint"] == 0.75
+    parts = [found[f"refit/{name}_seconds"] for name in ("export", "transfer", "load", "verify")]
+    assert parts == [0.01, 0.02, 0.03, 0.04]

@@ -55,6 +55,9 @@ def test_a_local_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     folder = tmp_path / "my model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"^--model: expected a model with \*\.safetensors, got .*, which has none"):
+        resolve_model(str(folder))
+    (folder / "model.safetensors").touch()
     assert resolve_model(str(folder)) == folder
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_model("~/my model") == folder
@@ -71,10 +74,14 @@ def test_an_adapter_to_begin_with_must_have_the_runs_rank_and_scale(tmp_path: Pa
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(ConfigError, match="use_dora"):
         check_adapter(tmp_path, LoraSettings(rank=8, alpha=16.0))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["model.q_proj", "v_proj"]}))
+    check_adapter(tmp_path, LoraSettings(rank=8, alpha=16.0, targets=("v_proj", "q_proj")))
+    with pytest.raises(ConfigError, match=r"expected q_proj, got q_proj, v_proj; set --lora\.targets"):
+        check_adapter(tmp_path, LoraSettings(rank=8, alpha=16.0, targets=("q_proj",)))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^--model: .*has no config\.json"):
+    with pytest.raises(ConfigError, match=r"^--model: expected a model with config\.json, got"):
         resolve_model(str(tmp_path))
 
 

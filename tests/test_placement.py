@@ -1,6 +1,7 @@
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -508,3 +509,37 @@ def test_divide(cores: frozenset[int] | None, num_parts: int) -> None:
 
 def test_a_placement_on_one_gpu_gives_the_engine_that_one() -> None:
     assert Placement("bfloat16", None, None, engine_gpus=(0,), trainer_gpus=(0,)).gpus_of(0) == (0,)
+
+
+@pytest.mark.parametrize(
+    ("placement", "megatron", "is_refused"),
+    [
+        ({}, {"pipeline_parallel": 2}, False),  # 33 + 15 + 33 / 2 GB
+        ({}, {"data_parallel": 2}, True),  # 33 + 15 + 33 GB
+        ({"engine_gpus": "1"}, {"data_parallel": 2}, True),  # beside the trainer's second rank
+    ],
+)
+def test_a_gpu_must_hold_the_share_of_the_rank_that_is_on_it(
+    placement: dict[str, Any],
+    megatron: dict[str, int],
+    is_refused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rlloop.placement.visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr("rlloop.placement.gpu_bytes", lambda: 80 * 10**9)
+    run = RunSettings(
+        model=model_folder(tmp_path, 66),
+        placement={"colocate": True, **placement},
+        trainer={"kind": "megatron", "megatron": megatron},
+        engine={"kv_cache_gib": 14},
+    )
+    with pytest.raises(ConfigError, match=r"more than 81\.0 GB") if is_refused else nullcontext():
+        assert place(run).trainer_gpus == (0, 1)
+
+
+def test_the_trainers_gpus_are_named_as_this_process_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlloop.placement.visible_gpus", lambda: ["2", "GPU-ab", "5"])
+    placement = Placement("bfloat16", None, None, engine_gpus=(0,), trainer_gpus=(1, 2))
+    assert placement.trainer_devices == "GPU-ab,5"
+    assert Placement("float32", frozenset({0}), frozenset({1})).trainer_devices is None

@@ -223,6 +223,22 @@ def test_what_is_started_with_a_blocked_signal_keeps_it(tmp_path):
     assert masks == {"spawned": sigint, "program": sigint, "self": 0}
 
 
+TRACKED = """
+from multiprocessing import resource_tracker
+from rlloop.processes import guard
+
+with guard():
+    tracker = resource_tracker._resource_tracker._pid
+    print(*[line.split()[1] for line in open(f"/proc/{tracker}/status") if line.startswith("SigBlk")])
+"""
+
+
+def test_the_end_of_a_terminal_does_not_end_who_removes_what_others_leave_behind():
+    """Python's resource tracker ignores SIGINT and SIGTERM itself."""
+    run = subprocess.run([sys.executable, "-c", TRACKED], capture_output=True, text=True, check=True)
+    assert int(run.stdout, 16) & (1 << (signal.SIGHUP - 1))
+
+
 def test_blocked_signals_restores_the_mask():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with blocked_signals(signal.SIGUSR1):

@@ -11,7 +11,7 @@ import pytest
 from rlloop.config import EngineSettings, EnvironmentSettings, RunSettings, SamplingSettings
 from rlloop.environment import Policy, PromptTooLong, Trajectory
 from rlloop.errors import BadEnvironmentError, EngineError
-from rlloop.rollouts import EnginePolicy, derive_seed, sample_group
+from rlloop.rollouts import EnginePolicy, derive_seed, make_task, sample_group
 from rlloop.types import Completion, Failure, GenerationRequest, Group, Prompt, Rollout
 
 
@@ -194,6 +194,21 @@ async def test_an_environment_that_fails_gives_failures() -> None:
 
 
 @pytest.mark.anyio
+async def test_a_task_that_cannot_be_made_is_a_failure_of_all_its_rollouts() -> None:
+    class Corrupt(Environment):
+        def task(self, index: int) -> Any:
+            raise ValueError(f"row {index} is corrupt")
+
+    task = make_task(Corrupt(), 55)
+    group = await sample(Corrupt(), prompt=replace(PROMPT, task=task))
+    assert group.rollouts == ()
+    [failure] = {*group.failures}
+    assert len(group.failures) == 4
+    assert (failure.kind, failure.stage) == ("error", "task")
+    assert failure.message.startswith("ValueError: row 55 is corrupt (test_rollouts.py:")
+
+
+@pytest.mark.anyio
 async def test_a_reward_that_fails_gives_failures() -> None:
     failure = Failure("timeout", "score", "too slow")
     group = await sample(Environment(), scores=Scores(failure))
@@ -221,6 +236,8 @@ async def test_a_rollout_that_is_none_breaks_the_contract() -> None:
     ("change", "message"),
     [
         (lambda good: {"tokens": good.tokens[1:]}, r"must be equally long, but .*'tokens': \d+, 'loss_mask': \d+"),
+        (lambda good: {"rollout_logprobs": good.rollout_logprobs[1:]}, "must be equally long"),
+        (lambda good: {"token_versions": np.zeros(2, np.int32)}, "must be equally long"),
         (lambda good: {"loss_mask": good.loss_mask | True}, "first token cannot carry loss"),
         (lambda good: {"loss_mask": good.loss_mask.astype(np.int64)}, "loss_mask must be an array of bool, .* int64"),
         (lambda good: {"loss_mask": good.loss_mask.tolist()}, "loss_mask must be an array of bool, .* list"),
@@ -299,3 +316,27 @@ async def test_a_policy_passes_on_what_the_environment_asks() -> None:
     assert first.seed != second.seed
     assert (first.in_flight, second.in_flight) == ("hop", "hop")
     assert (first.group, second.group) == (5, 5), "so that one of several engines gets both"
+
+
+def test_a_reward_stays_with_its_rollout_however_long_it_takes() -> None:
+    class LastIsFirst(Scores):
+        num_begun = 0
+
+        async def score(self, task: Any, rollout: Rollout) -> float | Failure:
+            self.num_begun += 1
+            await anyio.sleep(0.2 - 0.04 * self.num_begun)
+            return float(rollout.tokens[-1])
+
+    async def run() -> Group:
+        return await sample(Environment(), scores=LastIsFirst())
+
+    group = anyio.run(run)  # on asyncio members begin in order
+    assert group.rewards == tuple(float(rollout.tokens[-1]) for rollout in group.rollouts)
+    assert len(set(group.rewards)) == 4
+
+
+@pytest.mark.anyio
+async def test_rollouts_are_asked_for_as_the_run_wants_them_in_flight(anyio_backend: str) -> None:
+    engine = Engine()
+    await sample(Environment(), engine, in_flight="hop")
+    assert {request.in_flight for request in engine.requests} == {"hop"}

@@ -35,6 +35,7 @@ from rlloop.errors import (
     CheckpointError,
     EngineError,
     RefitError,
+    RunDirectoryError,
     Stopped,
     TrainerError,
     first_error,
@@ -475,6 +476,56 @@ async def test_a_reward_that_always_fails_ends_the_run_with_its_error(tmp_path: 
     error = first_error(caught.value)
     assert isinstance(error, BadEnvironmentError)
     assert "my_env.py:7" in str(error)
+
+
+def test_a_group_of_which_too_many_fail_is_not_trained(tmp_path: Path) -> None:
+    class Some(Scores):
+        async def score(self, task: Any, rollout: Rollout) -> float | Failure:
+            failed = rollout.tokens[-1] % 3 == 0
+            return Failure("error", "score", "boom") if failed else await super().score(task, rollout)
+
+    config = make_settings(tmp_path / "run", group_size=4, environment={"min_group_size": 3})
+    train(config, scorer=Some())
+    sizes = Counter(row["ordinal"] for step in range(1, 7) for row in rows_of(config.run_dir, step))
+    assert (len(sizes), set(sizes.values())) == (12, {3, 4})
+    assert sum(line["async/dropped_failed"] for line in read_metrics(config.run_dir)) > 0
+
+
+@pytest.mark.anyio
+async def test_a_task_that_cannot_be_made_costs_its_group_and_is_said(
+    tmp_path: Path, anyio_backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Corrupt(Environment):
+        def task(self, index: int) -> int:
+            if index == 3:
+                raise ValueError("row 3 is corrupt")
+            return index
+
+    config = make_settings(tmp_path / "run", num_steps=NUM_TASKS)  # two epochs
+    async with open_fake_run(config) as fake:
+        fake.environment = Corrupt()
+        await fake.train(update)
+    lines = read_metrics(config.run_dir)
+    assert len(lines) == NUM_TASKS
+    assert sum(line["async/dropped_failed"] for line in lines) >= 2
+    assert sum(line["rollout/errors"] for line in lines) == 2 * sum(line["async/dropped_failed"] for line in lines)
+    [said] = [message for message in caplog.messages if "has no reward" in message]
+    assert said.startswith(
+        "a rollout of task 3 has no reward: error in task: ValueError: row 3 is corrupt (test_run.py:"
+    )
+
+
+def test_a_resume_of_more_steps_than_are_asked_for_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    config = make_settings(tmp_path / "run")
+    train(config)
+    before = (config.run_dir / "config.toml").read_text()
+    fewer = config.model_copy(update={"resume": True, "num_steps": 4})
+    with pytest.raises(
+        RunDirectoryError, match=r"^--num-steps: expected at least the 6 steps that .*run has made, got 4$"
+    ):
+        open_run_directory(fewer)
+    assert (config.run_dir / "config.toml").read_text() == before
+    train(config.model_copy(update={"resume": True}))
 
 
 # --- Errors -------------------------------------------------------------------------------------------------------------

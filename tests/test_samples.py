@@ -49,6 +49,14 @@ def test_advantages_are_of_the_group_and_weights_of_the_batch() -> None:
     assert samples[1].loss_weights[-1] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    "advantages", [lambda _: 0.5, lambda rewards: list(rewards)[1:], lambda rewards: [[r] for r in rewards]]
+)
+def test_advantages_of_another_shape_are_refused(advantages: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected an array of 2 advantages for as many rewards, got one of shape \["):
+        make_samples(GROUPS, advantages, token_weights)
+
+
 def test_a_token_is_as_stale_as_the_version_that_sampled_it() -> None:
     hopped = replace(rollout(1, 3), token_versions=np.array([3, 3, 4, 5], np.int32))
     later = replace(rollout(1, 1), policy_version=4)  # its first token was sampled when the next version was there
@@ -171,3 +179,21 @@ def test_the_critic_is_compared_with_what_came() -> None:
     metrics = critic_metrics(samples, token_rewards(samples), discount=1.0)
     # Residuals 0.75 and -0.75 of a variance of 0.25.
     assert metrics == {"value/mean": 0.5, "value/explained_variance": pytest.approx(1 - 0.75**2 / 0.25)}
+
+
+def test_credit_of_several_turns_counts_nothing_that_the_environment_said() -> None:
+    """Neither its tokens' values and logprobs, nor time: the last token of a turn is followed by the first of the next."""
+    turns = replace(rollout(1, 4), loss_mask=np.array([0, 1, 0, 1, 0], bool))
+    [sample] = make_samples([group(1, (turns,), (1.0,))], raw_rewards, token_weights)
+    sample = replace(sample, old_values=np.array([9, 0.25, 9, 0.5, 9], np.float32))
+    sample = replace(sample, ref_logprobs=np.where(sample.loss_mask, -2.5, 7).astype(np.float32))
+    rewards = token_rewards([sample], kl_coef=0.1)
+    np.testing.assert_allclose(rewards[0], [-0.05, 0.95], atol=1e-6)
+    # Deltas: -0.05 + 0.5 * 0.5 - 0.25 = -0.05, and 0.95 - 0.5 = 0.45.
+    decays = {"discount": 0.5, "trace_decay": 0.5, "critic_trace_decay": 1.0}
+    [found] = with_critics_credit([sample], rewards, **decays, whiten=False)
+    np.testing.assert_allclose(found.advantages, [0, -0.05 + 0.25 * 0.45, 0, 0.45, 0], atol=1e-6)
+    np.testing.assert_allclose(found.returns, [0, -0.05 + 0.5 * 0.95, 0, 0.95, 0], atol=1e-6)
+    metrics = critic_metrics([sample], rewards, discount=0.5)
+    # Residuals 0.175 and 0.45, of what came: 0.425 and 0.95.
+    assert metrics == {"value/mean": 0.375, "value/explained_variance": pytest.approx(1 - 0.1375**2 / 0.2625**2)}

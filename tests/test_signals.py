@@ -48,7 +48,7 @@ def start(backend: str, cleanup: float = 0.0, *, fails: bool = False) -> subproc
     return child
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_first_signal_ends_the_block_in_order(anyio_backend: str, number: signal.Signals, fails: bool) -> None:
     with start(anyio_backend, fails=fails) as child:
@@ -64,10 +64,36 @@ def test_the_second_signal_ends_the_process_at_once(anyio_backend: str) -> None:
         child.send_signal(signal.SIGINT)
         assert child.stdout is not None
         assert child.stdout.readline() == "cleaning up\n"
+        time.sleep(2.1)  # sooner it is the same stop
         started = time.monotonic()
         child.send_signal(signal.SIGINT)
         assert child.wait(timeout=20) == 130
         assert time.monotonic() - started < 5
+
+
+def test_signals_that_come_at_once_are_one_stop(anyio_backend: str) -> None:
+    """As `timeout` sends them."""
+    with start(anyio_backend, cleanup=0.5) as child:
+        child.send_signal(signal.SIGTERM)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "cleaning up\n"
+        child.send_signal(signal.SIGTERM)
+        assert child.communicate(timeout=20)[0].splitlines() == ["clean", "stopped by SIGTERM None"]
+        assert child.returncode == 143
+
+
+def test_what_nohup_ignores_stays_ignored(anyio_backend: str) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited
+    try:
+        child = start(anyio_backend)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with child:
+        child.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(0.5)
+        child.send_signal(signal.SIGTERM)
+        assert child.communicate(timeout=20)[0].endswith("stopped by SIGTERM None\n")
 
 
 def test_an_error_without_a_signal_is_itself(anyio_backend: str) -> None:

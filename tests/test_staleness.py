@@ -102,3 +102,12 @@ def schedulable(deadlines: list[int], step: int, per_step: int) -> bool:
         schedulable([d for i, d in enumerate(deadlines) if i not in chosen], step + 1, per_step)
         for chosen in combinations(range(len(deadlines)), size)
     )
+
+
+def test_wait_leaves_out_the_oldest_of_what_is_finished_in_whatever_order_it_came() -> None:
+    waiting = backlog("wait", bound=2, groups_per_step=2)
+    for ordinal, version in enumerate([1, 2, 1]):
+        waiting.start(version)
+        waiting.finish(group(ordinal, version))
+    # Both of version 1 are due now, and are trained now; that of version 2 has a step more.
+    assert [g.prompt.ordinal for g in waiting.take_batch(3) or ()] == [0, 2]

@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 
 from rlloop.errors import TornUpdate, TrainerError
+from rlloop.losses import clipped
 from rlloop.policy_settings import PolicySettings
 from rlloop.types import AdamConfig, Metrics, OptimResult, Sample
 from rlloop.updates import (
     PER_TOKEN,
     adapted_kl_coef,
     after_step,
+    bind_policy_loss,
     made_whole,
     merged,
     optimizer_step,
@@ -129,12 +131,14 @@ def test_merged_steps() -> None:
 
 
 def test_means_over_tokens_are_merged_by_tokens_and_rates_by_time() -> None:
-    few = {"policy/kl_ref": 1.0, "progress/tokens_trained": 10.0}
-    many = {"policy/kl_ref": 0.2, "progress/tokens_trained": 30.0}
+    few = {"policy/kl_ref": 1.0, "value/clip_frac": 1.0, "value/grad_norm": 1.0, "progress/tokens_trained": 10.0}
+    many = {"policy/kl_ref": 0.2, "value/clip_frac": 0.2, "value/grad_norm": 2.0, "progress/tokens_trained": 30.0}
     few |= {"perf/train_tokens_per_second": 100.0, "time/forward_backward": 3.0}
     many |= {"perf/train_tokens_per_second": 200.0, "time/forward_backward": 1.0}
     assert merged([few, many]) == {
         "policy/kl_ref": pytest.approx(0.4),
+        "value/clip_frac": pytest.approx(0.4),
+        "value/grad_norm": 1.5,
         "progress/tokens_trained": 40.0,
         "perf/train_tokens_per_second": 125.0,
         "time/forward_backward": 4.0,
@@ -172,3 +176,35 @@ def test_an_update_that_fails_halfway_is_torn(has_begun: bool) -> None:
     with pytest.raises(TrainerError, match="gone") as caught:
         anyio.run(fail)
     assert isinstance(caught.value, TornUpdate) == has_begun
+
+
+def test_the_policys_loss_is_bound_with_what_is_set() -> None:
+    settings = PolicySettings(
+        clip_low=0.1,
+        clip_high=0.3,
+        proximal="interpolated",
+        correction={"level": "sequence", "bound": "mask", "floor": 0.5, "cap": 3.0},
+        kl_coef=0.1,
+        kl_estimator="k1",
+    )
+    found = dict(bind_policy_loss(settings, clipped, 0.05).keywords)  # type: ignore[attr-defined]
+    surrogate = found.pop("surrogate")
+    assert (surrogate.func, surrogate.keywords) == (clipped, {"clip_low": 0.1, "clip_high": 0.3})
+    assert found == {
+        "proximal": "interpolated",
+        "correction": {"level": "sequence", "bound": "mask", "floor": 0.5, "cap": 3.0},
+        "kl_coef": 0.05,
+        "kl_estimator": "k1",
+    }
+
+
+@pytest.mark.anyio
+async def test_a_critics_step_that_the_trainer_skips_is_counted(anyio_backend: str) -> None:
+    metrics = await value_step(Trainer(skipped=True), "critic", samples(), None, ADAM)  # type: ignore[arg-type]
+    assert metrics["value/nonfinite_steps"] == 1
+
+
+@pytest.mark.anyio
+async def test_tokens_per_second_are_of_the_forward_and_backward_pass(anyio_backend: str) -> None:
+    metrics = await step(Trainer(), samples())
+    assert metrics["perf/train_tokens_per_second"] == pytest.approx(2 * 4 / metrics["time/forward_backward"])

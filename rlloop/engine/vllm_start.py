@@ -67,8 +67,8 @@ class _Start:
                     self.abandon()
 
             until_spawned.enter_context(_SPAWNING)
-            # Ctrl-C goes to the whole process group; the engine must outlive it, since it is the loop that stops the run.
-            until_spawned.enter_context(blocked_signals(signal.SIGINT))
+            # They go to the whole process group; the engine must outlive them, since it is the loop that stops the run.
+            until_spawned.enter_context(blocked_signals(signal.SIGINT, signal.SIGHUP))
             until_spawned.enter_context(environment(**self._variables()))
             from vllm import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM

@@ -92,7 +92,10 @@ class WeightsSender:
             self._listener = None
 
     def _accept(self, deadline: float, check_interrupt: Callable[[], None]) -> Connection:
-        assert self._listener is not None, "listen first"
+        if self._listener is None:
+            raise RefitError(
+                "not all ranks of engines asked for the weights of an earlier version: start the backend anew"
+            )
         while time.monotonic() < deadline:
             check_interrupt()
             with suppress(TimeoutError):

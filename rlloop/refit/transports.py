@@ -278,7 +278,8 @@ class Reader:
 
     def _attach(self, location: str, num_bytes: int) -> _Segment:
         segment = self._segments.get(location)
-        if segment is None or segment.num_bytes < num_bytes:
+        # A writer whose adapters grew, of a run that ended before they were read, has another file of that name.
+        if segment is None or segment.num_bytes < num_bytes or segment.inode != os.stat(location).st_ino:
             if segment is not None:
                 segment.release()
             segment = _Segment(Path(location), os.O_RDWR, None, page_lock=self._device.type == "cuda")
@@ -297,6 +298,7 @@ class _Segment:
                 # Or a write beyond what is free ends the process by SIGBUS.
                 os.posix_fallocate(descriptor, 0, num_bytes)
             self._memory = mmap.mmap(descriptor, 0)
+            self.inode = os.fstat(descriptor).st_ino
         except OSError as error:
             raise RefitError(f"{path}: {error}; enlarge {path.parent} or use --refit.transport disk") from error
         finally:

@@ -47,14 +47,14 @@ class Files:
         self._metrics.close()
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The run's metrics, one dict per step in rising order, as if it had never been interrupted.
 
     A line supersedes all earlier lines of its step and of later ones: an attempt computed those whose work after the
     restored checkpoint was thrown away. Non-finite values come back as floats.
     """
     kept: list[dict[str, Any]] = []
-    for line in jsonl.read(run_dir / "metrics.jsonl"):
+    for line in jsonl.read(Path(run_dir) / "metrics.jsonl"):
         while kept and kept[-1]["step"] >= line["step"]:
             kept.pop()
         kept.append({name: float(value) if isinstance(value, str) else value for name, value in line.items()})

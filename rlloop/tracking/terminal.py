@@ -62,6 +62,8 @@ class Terminal:
         else:
             reward, error = metrics["eval/reward_mean"], metrics["eval/reward_stderr"]
             found = f"reward {reward:.3f} ± {error:.3f} on {metrics['eval/prompts']:.0f} held-out prompts"
+            if metrics.get("eval/failures"):
+                found += f", {metrics['eval/failures']:.0f} rollouts failed"
         self._print(f"version {policy_version}: {found}")
 
     def close(self) -> None:
@@ -88,7 +90,7 @@ class Terminal:
         spinner = Spinner("dots", text=Text(self._status)) if self._status else ""
         if not self._rows:
             return Group(Text(self._title), spinner)
-        names = list(self._rows[-1][1])
+        names = list(dict.fromkeys(name for _, cells in self._rows for name in cells))
         table = Table("step", *names, title=Text(self._title), title_justify="left")
         for column in table.columns:
             column.justify = "right"
@@ -106,6 +108,7 @@ def _cells(metrics: Mapping[str, float]) -> dict[str, str]:
             return ""
         return format(metrics[key], form) if trained or not math.isnan(metrics[key]) else "-"
 
+    num_failed = metrics.get("rollout/errors", 0.0) + metrics.get("rollout/timeouts", 0.0)
     staleness = show("async/staleness_mean", ".1f")
     cells = {
         "reward": show("reward/mean", ".3f"),
@@ -118,5 +121,6 @@ def _cells(metrics: Mapping[str, float]) -> dict[str, str]:
         "engine idle": show("time/engine_idle_frac", ".0%"),
         "trainer idle": show("time/trainer_idle_frac", ".0%"),
         "s/step": show("time/step", ".2f"),
+        "failed": f"{num_failed:.0f}" if num_failed else "",
     }
     return {name: text for name, text in cells.items() if text}

@@ -49,7 +49,10 @@ class Wandb:
 
     def close(self) -> None:
         """Upload the rest, for FINISH_SECONDS at most."""
+        import wandb
+
         self._run.finish()
+        wandb.teardown()  # or its hook at the interpreter's exit would write to its service, which the run's end has killed
 
 
 def open_wandb(settings: TrainingSettings, run_dir: Path, status: Callable[[str], None]) -> Wandb:
@@ -71,7 +74,12 @@ def open_wandb(settings: TrainingSettings, run_dir: Path, status: Callable[[str]
         "dir": run_dir,
         "config": settings.model_dump(mode="json"),
         "settings": wandb.Settings(
-            silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS
+            silent=True,
+            console="off",
+            init_timeout=INIT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+            # A run's end also ends wandb's service, and what that could not upload it must have written, for `wandb sync`.
+            x_transaction_log_flush_interval=1.0,
         ),
     }
     if settings.tracking.wandb == "online":

@@ -3,7 +3,7 @@
     async with Ranks([RankSpec(factory), ...]) as ranks:
         answer = await ranks.call("forward_backward", ...)      # every rank runs it; rank 0's answer
 
-A rank is spawned (never forked), ignores Ctrl-C and SIGTERM (this process decides what happens then), and leaves when its
+A rank is spawned (never forked), ignores Ctrl-C, SIGTERM and SIGHUP (this process decides what happens then), and leaves when its
 pipe closes, so also when this process dies. It is waited for through its pipe: nothing polls, and no thread waits.
 """
 
@@ -29,7 +29,7 @@ import anyio
 import anyio.to_thread
 
 from rlloop.errors import RankDied, RlloopError, TrainerError
-from rlloop.processes import blocked_signals, environment
+from rlloop.processes import STOP_SIGNALS, blocked_signals, environment
 
 _SPAWN = multiprocessing.get_context("spawn")
 _FITS_INTO_PIPE = 2**15
@@ -111,7 +111,7 @@ class Ranks:
             ours, theirs = _SPAWN.Pipe()
             context = RankContext(rank, len(self._specs), self._last_interrupted)
             process = _SPAWN.Process(target=_run, args=(theirs, spec, context), name=f"trainer-{rank}", daemon=True)
-            with blocked_signals(signal.SIGINT, signal.SIGTERM), environment(**_environment(spec)):
+            with blocked_signals(*STOP_SIGNALS), environment(**_environment(spec)):
                 process.start()
             theirs.close()
             self._ranks.append(_Rank(process, ours))
@@ -273,7 +273,7 @@ def _environment(spec: RankSpec) -> dict[str, str]:
 
 def _run(pipe: Connection, spec: RankSpec, context: RankContext) -> None:
     """The rank's process."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the run saves before it lets the ranks go
+    for number in STOP_SIGNALS:  # sent to the whole group; the run saves before it lets the ranks go
         signal.signal(number, signal.SIG_IGN)
     if spec.log_path is not None:
         spec.log_path.parent.mkdir(parents=True, exist_ok=True)

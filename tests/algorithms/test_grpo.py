@@ -206,6 +206,7 @@ def test_a_function_that_is_missing_is_named_before_anything_starts(monkeypatch:
     [
         ({}, False),
         ({"correction": {"bound": "none"}}, True),
+        ({"correction": {"bound": "mask"}}, False),
         ({"preset": "cispo"}, False),
     ],
 )

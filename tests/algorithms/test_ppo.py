@@ -216,3 +216,29 @@ def test_without_a_sampled_token_there_is_no_step() -> None:
 def test_groups_of_one_are_whole() -> None:
     assert Config(group_size=1).min_group_size == 1
     assert Config().min_group_size == 2
+
+
+def test_settings_of_the_credit_reach_it() -> None:
+    trainer, metrics = step(trace_decay=0.0, discount=0.5)
+    (batch,) = trainer.batches[POLICY]
+    longest = next(sample for sample in batch if len(sample.tokens) == 7)
+    np.testing.assert_allclose(longest.advantages[2:], [0.5 * 0.25 - 0.25] * 4 + [-0.25])
+    assert metrics["value/explained_variance"] == 0
+    trainer, _ = step(whiten=True)
+    (batch,) = trainer.batches[POLICY]
+    credit = np.concatenate([sample.advantages[sample.loss_mask] for sample in batch])
+    assert (credit.mean(), credit.std()) == pytest.approx((0, 1), abs=1e-6)
+
+
+@pytest.mark.parametrize(("kl_in", "kl_coef"), [("loss", 0.5), ("reward", 0.0)])
+def test_the_losses_are_bound_with_what_is_set(kl_in: str, kl_coef: float) -> None:
+    losses: dict[str, Any] = {}
+
+    class Keeping(RecordingTrainer):
+        async def forward_backward(self, name: str, samples: Sequence[Sample], loss: Loss) -> Metrics:
+            losses[name] = loss
+            return await super().forward_backward(name, samples, loss)
+
+    step(Keeping(), kl_coef=0.5, kl_in=kl_in, critic={"clip": 0.25})
+    assert losses[POLICY].keywords["kl_coef"] == kl_coef, "once, in the loss or in the reward"
+    assert losses[CRITIC].keywords == {"clip": 0.25}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict, deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -259,3 +260,14 @@ def test_without_graphs_none_waits(tiny_llama: Path) -> None:
     driver.steps(1)
     driver.add(1)
     assert driver.steps(1) == [1]
+
+
+def test_a_gap_between_tokens_that_are_held_back_is_measured(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("rlloop.engine.scheduler.time", SimpleNamespace(monotonic=lambda: now[0]))
+    driver = Driver(tiny_llama, seats=4, is_async=False)
+    driver.scheduler.add_request(request("a", [1, 2, 3, 4], 50, extra_args={OUTPUTS_AT_THE_END: True}))
+    driver.steps(3)
+    now[0] += 0.5
+    driver.steps(1)  # its eighth token, in the midst of a block
+    assert (driver._tally.num_tokens, driver._tally.longest_gap_seconds) == (4, 0.5)

@@ -285,3 +285,14 @@ async def test_a_request_that_moves_on_outlives_the_version_that_its_group_began
     assert completion.policy_version == 1
     await replicas.generate(replace(request(1, group=3), in_flight=in_flight))
     assert sorted([len(first.came), len(second.came)]) == [0, 2], "the group stays where it is"
+
+
+@pytest.mark.parametrize("in_flight", ["restart", "hop"])
+async def test_a_request_whose_version_is_gone_is_at_home_with_the_newest(in_flight: InFlight) -> None:
+    """That of an older one is forgotten first, and the group's next turn would find no prefix cache."""
+    replicas = await published(Engine(), Engine())
+    for version in (1, 2):
+        await replicas.publish(version, TICKET)
+    await replicas.retire(0)
+    await replicas.generate(replace(request(0, group=3), in_flight=in_flight))
+    assert {version: [*groups] for version, groups in replicas._homes.items()} == {1: [], 2: [3]}

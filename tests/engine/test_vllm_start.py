@@ -95,7 +95,7 @@ def test_each_process_has_its_own_environment_and_they_start_together(monkeypatc
         "a": {"NAME": "a", "BOTH": "a"},
         "b": {"NAME": "b", "BOTH": "b"},
     }
-    assert all(signal.SIGINT in each.blocked for each in spawned.processes.values())
+    assert all({signal.SIGINT, signal.SIGHUP} <= each.blocked for each in spawned.processes.values())
     check_nothing_is_left(spawned)
 
 

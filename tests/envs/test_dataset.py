@@ -33,6 +33,18 @@ async def loop(completions, **_):
 
 def two(completions, **_):
     return [1.0, 2.0]
+
+def scalar(completions, **_):
+    return 1.0
+
+def wrapped(**arguments):  # as a decorator that tries again
+    return right(**arguments)
+
+class Judge:
+    async def __call__(self, completions, **_):
+        return [2.0]
+
+judge = Judge()
 """
 pytestmark = pytest.mark.filterwarnings("ignore")  # of datasets
 
@@ -80,7 +92,7 @@ def test_rewards_are_weighted_and_none_is_left_out() -> None:
     assert environment.score(environment.task(0), rollout("22")).parts == {"length": 2.0}
     with pytest.raises(ValueError, match="every reward function returned None"):
         load("right").score(environment.task(0), rollout("3"))
-    with pytest.raises(ValueError, match="two returned 2 rewards for 1 completion"):
+    with pytest.raises(ValueError, match=r"a list of one reward for one completion from two, got \[1\.0, 2\.0\]"):
         load("two").score(environment.task(0), rollout("3"))
 
 
@@ -88,6 +100,22 @@ def test_all_calls_of_asynchronous_rewards_run_in_one_loop() -> None:
     environment = load("loop")
     first, second = (environment.score(environment.task(index), rollout("2")) for index in range(2))
     assert first == second, "a client that is kept would be of a loop that is closed"
+
+
+def test_rewards_are_lists_of_one_from_whatever_is_called() -> None:
+    environment = load("wrapped", "judge")
+    assert environment.score(environment.task(0), rollout("2")) == 3.0
+    with pytest.raises(ValueError, match=r"a list of one reward for one completion from scalar, got 1\.0"):
+        load("scalar").score(environment.task(0), rollout("2"))
+
+
+def test_files_may_be_a_pattern_or_a_list(folder: Path) -> None:
+    (folder / "more").mkdir()
+    for number in range(2):
+        (folder / "more" / f"{number}.jsonl").write_text(json.dumps({"prompt": f"{number}"}))
+    for path in ("more/*.jsonl", ["more/0.jsonl", "more/1.jsonl"]):
+        environment = load_environment("dataset", {"path": path, "rewards": ["trl_style:length"]})
+        assert sorted(environment.task(index)["prompt"] for index in range(len(environment))) == ["0", "1"]
 
 
 def test_a_column_that_would_hide_the_answers_is_refused(folder: Path) -> None:

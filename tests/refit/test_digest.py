@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlloop.refit.digest import ODD, digest
+from rlloop.refit.digest import ODD, PIECE, digest
 
 NAMES = [("a", (2, 3)), ("b", (4, 1))]
 
@@ -59,3 +59,12 @@ def test_zeros_and_a_missing_tail_differ() -> None:
     values = torch.randn(8)
     assert of(values) != of(values[:6])
     assert of(torch.zeros(2)).endswith("-" + "0" * 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_that_change_places_change_it(dtype: torch.dtype) -> None:
+    size = PIECE * 8 // dtype.itemsize
+    flat = torch.randn(3 * size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    first, second, third = flat.split(size)
+    orders = [(first, second, third), (second, first, third), (first, third, second), (third, second, first)]
+    assert len({of(torch.cat(order)) for order in orders}) == 4

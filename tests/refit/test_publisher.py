@@ -224,3 +224,33 @@ async def test_full_weights_are_sent_while_the_engine_takes_them(anyio_backend: 
     assert taken == [(version, WeightsTicket(f"fake-{version}"), True) for version in range(2)]
     assert not trainer.is_sending
     assert refit.latest == 1
+
+
+async def test_a_publish_takes_as_long_as_the_export_and_the_room_for_it(anyio_backend: str) -> None:
+    class Slow(FakeTrainer):
+        async def export_adapter(self, name: str) -> AdapterTicket:
+            await anyio.sleep(0.02)
+            return await super().export_adapter(name)
+
+    trainer = Slow()
+    await trainer.create_adapter("policy", LoraConfig())
+    report = await Refit(trainer, FakeEngine(), "policy", 2, Events(None)).publish(0)
+    assert report.publish_seconds >= 0.019
+
+
+async def test_a_version_that_is_retired_when_a_publish_is_cancelled_is_gone(anyio_backend: str) -> None:
+    """Retired by half its slot would stay taken, and of several engines a second try would be an error."""
+
+    class Slow(FakeEngine):
+        async def retire(self, version: int) -> None:
+            await anyio.sleep(0.02)
+            await super().retire(version)
+
+    refit = await make_refit(engine := Slow(), 2)
+    for version in range(2):
+        await refit.publish(version)
+    with anyio.move_on_after(0.01):
+        await refit.publish(2)
+    assert 0 not in engine.versions
+    await refit.retire_all()
+    assert engine.versions == set()

@@ -153,6 +153,8 @@ def test_a_sender_whom_nobody_asks_can_be_interrupted(name: str) -> None:
     assert next(weights, None) is None
     with pytest.raises(OSError, match="refused"):
         WeightsReader(torch.device("cpu")).connect(name)
+    with pytest.raises(RefitError, match=r"not all ranks .* an earlier version: start the backend anew"):
+        sender.send(iter(make_weights().items()), lambda: None)
     sender.close()
 
 

@@ -3,7 +3,7 @@ import pickle
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -104,6 +104,18 @@ def test_a_larger_adapter_gets_a_larger_segment(transport: Transport, segment: s
     writer.close()
 
 
+def test_a_segment_that_was_made_anew_and_not_read_is_noticed(segment: str) -> None:
+    """By a run that ended between the two; others go on with its backend."""
+    writer, reader = make_any_writer("memory", "float32", segment), Reader(torch.device("cpu"))
+    read(writer.write(adapter(), 1.0), reader)
+    writer.write(adapter(64), 1.0)
+    later = adapter(scale=3.0)
+    found = read(writer.write(later, 1.0), reader)
+    assert all(torch.equal(found[name], tensor) for name, tensor in later.items())
+    del found
+    writer.close()
+
+
 def test_close_leaves_nothing(transport: Transport, segment: str, tmp_path: Path) -> None:
     writer = make_writer(transport, "float32", segment, tmp_path)
     ticket = writer.write(adapter(), 1.0)
@@ -167,3 +179,37 @@ def test_a_tensor_that_differs_is_named() -> None:
     held[1][0, 3] += 1
     held[2][0, 0] += 1
     assert first_difference(manifest, sent, held) == "b"
+
+
+class Replayed:
+    """`Recorded` as it is on a GPU: what was recorded is done again, whatever it is called with."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._work: Callable[[], torch.Tensor] | None = None
+
+    def __class_getitem__(cls, item: object) -> type["Replayed"]:
+        return cls
+
+    def __call__(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        self._work = self._work or work
+        return self._work()
+
+
+def test_what_was_recorded_serves_no_other_tensors_and_no_other_scale(
+    segment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlloop.refit.transports.Recorded", Replayed)
+    writer, reader = make_any_writer("memory", "float32", segment), Reader(torch.device("cpu"))
+    first, second = adapter(), adapter(scale=2.0)
+    for tensors, scale in ((first, 1.0), (first, 3.0), (second, 3.0), (first, 1.0)):
+        found = read(writer.write(tensors, scale), reader)
+        for name, tensor in tensors.items():
+            assert torch.equal(found[name], tensor * (scale if "lora_B" in name else 1))
+    writer.close()
+
+
+def test_what_no_slot_holds_is_refused(segment: str) -> None:
+    writer = make_any_writer("memory", "float32", segment)
+    with pytest.raises(RefitError, match=r"hold A and B only, got .*lora_magnitude_vector .of DoRA"):
+        writer.write(adapter() | {f"{PREFIX}.lora_magnitude_vector": torch.ones(6)}, 1.0)
+    writer.close()

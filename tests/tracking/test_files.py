@@ -28,7 +28,7 @@ def test_one_strict_json_line_per_step(tmp_path: Path):
         "a": "Infinity",
         "b": "-Infinity",
     }
-    (read,) = read_metrics(tmp_path)
+    (read,) = read_metrics(str(tmp_path))
     assert math.isnan(read["optim/grad_norm"])
     assert (read["a"], read["b"]) == (math.inf, -math.inf)
     files.close()

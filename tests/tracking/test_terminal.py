@@ -95,3 +95,16 @@ def test_an_evaluation_is_a_line():
     terminal.evaluation(4, {"eval/reward_mean": 0.5, "eval/reward_stderr": 0.125, "eval/prompts": 16.0})
     terminal.close()
     assert out.getvalue() == "version 4: reward 0.500 ± 0.125 on 16 held-out prompts\n"
+
+
+def test_rollouts_that_failed_are_shown():
+    terminal, out = plain()
+    terminal.log(1, {**METRICS, "rollout/errors": 2.0, "rollout/timeouts": 1.0})
+    terminal.log(2, {**METRICS, "rollout/errors": 0.0, "rollout/timeouts": 0.0})
+    found = {"eval/reward_mean": 0.5, "eval/reward_stderr": 0.125, "eval/prompts": 16.0, "eval/failures": 4.0}
+    terminal.evaluation(4, found)
+    terminal.close()
+    first, second, third = out.getvalue().splitlines()
+    assert "  failed 3" in first
+    assert "failed" not in second
+    assert third.endswith("on 16 held-out prompts, 4 rollouts failed")

@@ -19,9 +19,13 @@ NUM_STEPS = 50
 RUN = """
 import json, sys, time
 from pathlib import Path
+from contextlib import ExitStack
 from rlloop.config import RunSettings
+from rlloop.processes import guard
 from rlloop.tracking import open_trackers
 
+stack = ExitStack()
+stack.enter_context(guard())  # which ends wandb's service, too
 mode, run_dir, attempt = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 settings = RunSettings.model_validate({"tracking": {"wandb": mode}, "num_steps": 50})
 start = time.monotonic()
@@ -40,7 +44,9 @@ while mode == "online" and not list(run_dir.glob("wandb/*run-*")):
     time.sleep(0.1)  # a slow machine imports and starts it for longer than these steps take; close() waits 10 s for the rest
 before = time.monotonic()
 trackers.close()
-print(json.dumps({"open": opened - start, "calls": calls, "close": time.monotonic() - before, "end": time.time()}))
+closed = time.monotonic()
+stack.close()
+print(json.dumps({"open": opened - start, "calls": calls, "close": closed - before, "end": time.time()}))
 """
 
 
@@ -197,5 +203,6 @@ def test_a_second_attempt_continues_the_same_run(tmp_path: Path):
     for attempt in (1, 2):
         _, stderr = run(tmp_path, "offline", attempt=attempt)
         assert "W&B" not in stderr
+        assert "Traceback" not in stderr
     first, second = offline_runs(tmp_path)
     assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2] == (tmp_path / "wandb_run_id").read_text()

@@ -592,3 +592,82 @@ def test_a_call_for_the_other_head_says_so(rank: PeftRank, make_samples: MakeSam
             call()
     with pytest.raises(TrainerError, match="adapter 'policy' has a policy head"):
         rank.values("policy", make_samples())
+
+
+def test_a_nonfinite_loss_counts_though_the_next_one_of_the_step_is_finite(
+    rank: PeftRank, make_samples: MakeSamples
+) -> None:
+    before = weights(rank)
+    rank.forward_backward("policy", make_samples(), nonfinite_loss)
+    rank.forward_backward("policy", make_samples(), surrogate)
+    assert rank.optim_step("policy", ADAM).skipped
+    assert_equal(weights(rank), before)
+
+
+def test_what_is_loaded_has_no_gradient_and_no_moments_of_what_was_there(
+    models: dict[str, str], rank: PeftRank, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    """Neither of a checkpoint of step 0, which has none itself."""
+    rank.save("policy", tmp_path)
+    rank.forward_backward("policy", make_samples(seed=5), surrogate)
+    rank.optim_step("policy", ADAM)
+    rank.forward_backward("policy", make_samples(seed=5), surrogate)
+    rank.load("policy", tmp_path)
+    assert not gradients(rank)
+    fresh = make_rank(models["llama"])
+    fresh.create_adapter("policy", LORA)
+    for each in (rank, fresh):
+        each.forward_backward("policy", make_samples(), surrogate)
+        each.optim_step("policy", ADAM)
+    assert_equal(weights(rank), weights(fresh))
+
+
+def test_an_interrupt_ends_a_forward_pass(models: dict[str, str], make_samples: MakeSamples) -> None:
+    rank = make_rank(models["llama"], interrupted=SimpleNamespace(value=1))
+    with pytest.raises(Interrupted):
+        rank.logprobs(None, make_samples())
+
+
+def test_skipped_steps_of_an_adapter_that_is_gone_are_forgotten(rank: PeftRank, make_samples: MakeSamples) -> None:
+    for _ in range(2):
+        for _ in range(2):
+            rank.forward_backward("policy", make_samples(), nonfinite_loss)
+            assert rank.optim_step("policy", ADAM).skipped
+        rank.remove_adapter("policy")
+        rank.create_adapter("policy", LORA)
+
+
+def test_operations_are_those_of_layers_and_of_a_policys_head(rank: PeftRank, make_samples: MakeSamples) -> None:
+    rank.create_adapter("critic", LORA, "value")
+    layers = 2 * (48 * 48 + 2 * 48 * 16 + 48 * 48 + 3 * 48 * 80)
+    for name, loss, head in (("policy", surrogate, 97 * 48), ("critic", regression, 0)):
+        found = rank.forward_backward(name, with_returns(make_samples()), loss)
+        flops = found["mfu"] * found["forward_backward_seconds"] * rank._peak_flops
+        assert flops == pytest.approx(4 * (layers * found["num_computed_tokens"] + head * found["num_tokens"]))
+
+
+def test_dropout_is_of_training_alone(rank: PeftRank, make_samples: MakeSamples) -> None:
+    rank.create_adapter("drops", replace(LORA, dropout=0.5))
+    rank.forward_backward("drops", make_samples(), surrogate)
+    rank.optim_step("drops", replace(ADAM, lr=3e-2))
+    first, second = (np.concatenate(rank.logprobs("drops", make_samples())) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    one, other = (rank.forward_backward("drops", make_samples(), surrogate)["loss"] for _ in range(2))
+    assert abs(one - other) > 1e-4
+
+
+def test_the_samples_of_a_microbatch_are_counted_without_gaps(
+    models: dict[str, str], make_samples: MakeSamples
+) -> None:
+    """Whatever others lie between them: a loss has as many places as the microbatch has tokens."""
+    rank = make_rank(models["llama"], max_tokens_per_microbatch=30)
+    rank.create_adapter("policy", LORA)
+    found: list[list[int]] = []
+
+    def note(logprobs: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        found.append(tokens.sample_index.unique().tolist())
+        return logprobs.sum(), {}
+
+    rank.forward_backward("policy", sorted(make_samples(), key=lambda sample: len(sample.tokens)), note)
+    assert max(map(len, found)) > 1
+    assert all(each == [*range(len(each))] for each in found)

@@ -37,7 +37,7 @@ class Rank:
         return (
             os.getpid(), os.environ.get("OMP_NUM_THREADS"), os.environ.get("OMP_WAIT_POLICY"), os.sched_getaffinity(0),
             sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
-            signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
+            {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)} == {signal.SIG_IGN},
         )
 
     def variable(self, name):
@@ -130,13 +130,14 @@ async def test_concurrent_calls_run_one_after_the_other(module) -> None:
     assert sorted(count for _, count, _ in answers) == [1, 2, 3, 4, 5]
 
 
-async def test_pinned_with_its_own_threads_and_deaf_to_ctrl_c(module) -> None:
+async def test_pinned_with_its_own_threads_and_deaf_to_what_ends_the_run(module) -> None:
     core = min(os.sched_getaffinity(0))
     before = os.environ.get("OMP_NUM_THREADS")
     async with Ranks([RankSpec(module.Rank, cores=frozenset({core}))]) as ranks:
         pid, *rest = await ranks.call("look")
         assert rest == ["1", "PASSIVE", {core}, 1, True]
         os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGHUP)
         assert (await ranks.call("echo"))[0] == 0
     assert os.environ.get("OMP_NUM_THREADS") == before
 

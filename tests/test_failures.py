@@ -1,0 +1,21 @@
+"""What is said of rollouts that fail."""
+
+import pytest
+
+from rlloop.failures import FailureLog
+from rlloop.types import Failure
+
+
+def test_each_reason_is_said_once_and_not_without_end(caplog: pytest.LogCaptureFixture) -> None:
+    log = FailureLog()
+    log.report(7, [Failure("error", "score", "judge 503")] * 3)
+    log.report(8, [Failure("error", "score", "judge 503"), Failure("error", "rollout", "judge 503")])
+    first, second = caplog.messages
+    assert first == "a rollout of task 7 has no reward: error in score: judge 503"
+    assert second == "a rollout of task 8 has no reward: error in rollout: judge 503"
+    for number in range(30):
+        log.report(number, [Failure("error", "score", f"request {number} failed")])
+    assert len(caplog.messages) == 20
+    assert caplog.messages[-1].endswith(
+        "request 17 failed (what else there is is only counted, in rollout/errors and rollout/timeouts)"
+    )
