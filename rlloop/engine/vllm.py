@@ -51,7 +51,7 @@ class VllmEngine:
         self._llm = llm
         self._tally = tally
         self._max_model_len = max_model_len
-        self._last_words = f"the vLLM engine process died; its last words are in {log_path}, unless it was killed, as for want of memory"
+        self._last_words = f"the vLLM engine process died; its last words are in {log_path}, unless memory ran out"
         self._form = form
         self._is_in_weights = form != "adapter"
         """The version, and not in an adapter beside them."""
