@@ -23,7 +23,7 @@ FOLDERS = {"rlloop": "rlloop", "rlloop.algorithms": "algorithms", "rlloop.envs":
 # A module may import from its own row and from rows above it.
 LAYERS = (
     ("errors", "types", "processes", "signals", "plugins", "recorded", "meeting"),
-    ("config", "flags", "policy_settings", "tracking", "staleness", "ledger"),
+    ("config", "flags", "policy_settings", "tracking", "staleness", "ledger", "failures"),
     (
         "corrections",
         "advantages",
@@ -39,7 +39,7 @@ LAYERS = (
     ("engine", "trainer", "checkpoint", "run_directory"),
     ("refit",),
     ("adapters", "rollouts", "samples", "supervised", "updates", "loop", "metrics", "evaluation", "backend"),
-    ("run", "supervised_run", "algorithms", "cli"),
+    ("run", "supervised_run", "algorithms", "cli", "__main__"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 # Third-party package -> the only folders that may import it.
