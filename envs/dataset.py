@@ -15,8 +15,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import reprlib
 import weakref
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ class Dataset(MessageEnvironment):
             raise ValueError(
                 f"expected a weight for each reward function, got {len(self._weights)} for {list(rewards)}"
             )
-        kind = FORMATS.get(Path(path if isinstance(path, str) else path[0]).suffix)
+        files = [path] if isinstance(path, str) else path
+        kind = FORMATS.get(Path(files[0]).suffix) if files else None
+        if kind is None and not isinstance(path, str):
+            raise ValueError(f"expected a list of {', '.join(FORMATS)} files, got {path}")
         self._rows: Rows = (
             load_dataset(kind, data_files=path, split=split) if kind else load_dataset(path, name, split=split)
         )
@@ -115,12 +119,11 @@ class Dataset(MessageEnvironment):
         answer = function(**arguments)
         if inspect.isawaitable(answer):
             answer = self._runner.run(_awaited(answer))
-        try:
-            [reward] = answer
-        except (TypeError, ValueError):
-            name = getattr(function, "__name__", function)
-            raise ValueError(f"expected a list of one reward for one completion from {name}, got {answer!r}") from None
-        return None if reward is None else float(reward)
+        rewards = list(answer) if isinstance(answer, Iterable) else []
+        if len(rewards) != 1:
+            name, got = getattr(function, "__name__", function), reprlib.repr(answer)
+            raise ValueError(f"expected a list of one reward for one completion from {name}, got {got}")
+        return None if rewards[0] is None else float(rewards[0])
 
 
 async def _awaited(answer: Awaitable[Any]) -> Any:

@@ -8,6 +8,7 @@ import pkgutil
 import shlex
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ _EXCLUSIVE = ("--overwrite", "--no-overwrite", "--resume", "--no-resume")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `rlloop ALGORITHM [flags]`; returns the exit status: 0 done, 1 failed, 2 bad settings, 130 and 143 stopped."""
+    """Run `rlloop ALGORITHM [flags]`; returns the exit status: 0 done, 1 failed, 2 bad settings, 129 and more stopped."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_usage())
@@ -48,11 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except Stopped as stop:
         again = f"; continue with: rlloop {shlex.join(_resumed(arguments))}" if _attempt(settings) != before else ""
-        sys.stderr.write(f"{stop}{again}\n")
         cause = stop.__cause__
-        # A signal to the whole process group ends engine and ranks, too; any other error was there before, or came on the way.
-        if isinstance(cause, RlloopError) and not isinstance(cause, EngineError | RankDied):
-            sys.stderr.write(f"it also failed, before or while it ended: {cause}\n")
+        with suppress(OSError):  # of a terminal that is gone
+            sys.stderr.write(f"{stop}{again}\n")
+            # A signal to the whole process group ends engine and ranks, too; another error was there before, or came on the way.
+            if isinstance(cause, RlloopError) and not isinstance(cause, EngineError | RankDied):
+                sys.stderr.write(f"it also failed, before or while it ended: {cause}\n")
         return stop.exit_code
     except RlloopError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -90,7 +92,7 @@ def _names() -> list[str]:
 def _resumed(arguments: list[str]) -> list[str]:
     kept: list[str] = []
     for before, argument in pairwise(["", *arguments]):
-        is_value = before in _EXCLUSIVE and argument.lower() in ("true", "false")
+        is_value = before in _EXCLUSIVE and argument.lower() in ("true", "false", "1", "0")
         if argument.partition("=")[0] not in _EXCLUSIVE and not is_value:
             kept.append(argument)
     return [*kept, "--resume"]

@@ -58,7 +58,7 @@ class Environment(Protocol):
         ...
 
     def task(self, index: int) -> Any:
-        """Task `index`, the same each time; picklable, since scoring runs in another process."""
+        """Task `index`, the same each time; picklable, since scoring runs in another process. If it raises, its rollouts fail."""
         ...
 
     async def rollout(self, task: Any, policy: Policy) -> Rollout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 
 from rlloop.types import Failure
@@ -10,7 +11,8 @@ from rlloop.types import Failure
 logger = logging.getLogger(__name__)
 
 _MOST = 20
-"""Reasons; those of a server may have a time or an id in each."""
+_VARIES = re.compile(r"0x[0-9a-f]+|\d+")
+"""Addresses, times, ids: what is otherwise alike is one reason."""
 
 
 class FailureLog:
@@ -22,7 +24,7 @@ class FailureLog:
     def report(self, index: int, failures: Iterable[Failure]) -> None:
         """Warn of those of a task's rollouts that are new."""
         for failure in failures:
-            reason = failure.stage, failure.message
+            reason = failure.stage, _VARIES.sub("", failure.message)
             if reason in self._said or len(self._said) == _MOST:
                 continue
             self._said.add(reason)
@@ -32,7 +34,5 @@ class FailureLog:
                 failure.kind,
                 failure.stage,
                 failure.message,
-                " (what else there is is only counted, in rollout/errors and rollout/timeouts)"
-                if len(self._said) == _MOST
-                else "",
+                " (other reasons are only counted)" if len(self._said) == _MOST else "",
             )

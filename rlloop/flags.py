@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 from pydantic_config import ConfigFileError, cli
 
@@ -29,9 +30,8 @@ def parse(settings: type[SettingsT], args: list[str], prog: str) -> tuple[Settin
         else:
             rest.append(argument)
     for flag, other in (("--resume", "--overwrite"), ("--overwrite", "--resume")):
-        if {flag, f"{flag}=true"} & {
-            *rest
-        } and other not in rest:  # they exclude each other, and a flag wins over a file
+        # They exclude each other, and a flag wins over a file.
+        if _asks(rest, flag) and not any(argument.partition("=")[0] == other for argument in rest):
             rest.append(f"--no-{other[2:]}")
     epilog = (
         "\n\n--config FILE reads settings from a TOML file; flags win over it. --dry-run prints the resolved settings."
@@ -45,6 +45,15 @@ def parse(settings: type[SettingsT], args: list[str], prog: str) -> tuple[Settin
             f"{rest[rest.index(error.doc) - 1]}: expected {TABLE}: {error} (got {error.doc!r})"
         ) from error
     return resolved, dry_run
+
+
+def _asks(arguments: list[str], flag: str) -> bool:
+    """Whether a flag is given, with no value or one that stands for true."""
+    for argument, after in pairwise([*arguments, ""]):
+        name, equals, value = argument.partition("=")
+        if name == flag:
+            return (value if equals else after).lower() not in ("false", "0", "no", "off", "f", "n")
+    return False
 
 
 def _readable(message: str) -> str:

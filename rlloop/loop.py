@@ -61,7 +61,7 @@ class Stages(Protocol):
         ...
 
     def task(self, index: int) -> Any:
-        """The environment's task."""
+        """The environment's task, or the Failure that all rollouts of it are."""
         ...
 
     async def update(self, groups: list[Group]) -> Metrics:

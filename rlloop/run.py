@@ -23,7 +23,7 @@ from rlloop.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
 from rlloop.config import RunSettings, TrainingSettings
 from rlloop.engine import Engine
 from rlloop.environment import Environment, load_environment
-from rlloop.errors import CheckpointError, ConfigError, RankDied, TornUpdate, first_error
+from rlloop.errors import BadEnvironmentError, CheckpointError, ConfigError, RankDied, TornUpdate, first_error
 from rlloop.evaluation import Evaluation
 from rlloop.events import Events
 from rlloop.failures import FailureLog
@@ -42,7 +42,7 @@ from rlloop.signals import stop_on_signals
 from rlloop.staleness import Backlog
 from rlloop.tracking import Trackers, check_trackers, open_trackers
 from rlloop.trainer import Head, Trainer
-from rlloop.types import Group, InFlight, LoraConfig, Metrics, Prompt
+from rlloop.types import Failure, Group, InFlight, LoraConfig, Metrics, Prompt
 
 Update: TypeAlias = Callable[[Trainer, list[Group]], Awaitable[Metrics]]
 """Trains the adapter `POLICY` on the groups of one step; cancelled, it has made all of its optimizer steps or none."""
@@ -328,7 +328,12 @@ def _open_ledger(
     settings: RunSettings, environment: Environment, num_tasks: int, checkpoint: Checkpoint | None
 ) -> tuple[Ledger, str]:
     tasks = [make_task(environment, index) for index in sorted({part * num_tasks // 64 for part in range(64)})]
-    identity = fingerprint(settings.env, settings.all_env_args, num_tasks, tasks)
+    failures = [task for task in tasks if isinstance(task, Failure)]
+    if len(failures) == len(tasks):
+        raise BadEnvironmentError(f"environment {settings.env} cannot make a task: {failures[0].message}")
+    # Of a failure only that it is one: its text names lines of the environment's code.
+    known = [None if isinstance(task, Failure) else task for task in tasks]
+    identity = fingerprint(settings.env, settings.all_env_args, num_tasks, known)
     if checkpoint is None:
         return Ledger(num_tasks, settings.seed, identity, settings.curriculum), identity
     return Ledger.restore(checkpoint.ledger, num_tasks, settings.seed, identity, settings.curriculum), identity

@@ -9,6 +9,7 @@ locked while it runs, it makes a folder a run directory. Nothing is ever deleted
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import logging
 import os
@@ -86,7 +87,8 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
 
     Raises RunDirectoryError if the directory is used and neither flag is given, if it is no run directory, if it holds
     nothing to resume, or more steps than are asked for, or what the run is to begin with and `overwrite` would delete, if a
-    setting of `FIXED` differs from that of the run to resume, or if another run is using it.
+    setting of `FIXED` differs from that of the run to resume, or if another run is using it; CheckpointError if no checkpoint of
+    the run to resume is sound.
     """
     path = settings.run_dir
     config = settings.model_copy(update={"resume": False, "overwrite": False}).to_toml().encode()
@@ -142,9 +144,10 @@ def _check(path: Path, settings: TrainingSettings) -> None:
     needed |= {f"--env-args {name}": value for name, value in getattr(settings, "env_args", {}).items()}
     files = [(flag, file) for flag, each in needed.items() for file in (each if isinstance(each, list) else [each])]
     for flag, file in files if settings.overwrite else ():
-        if not isinstance(file, str | Path) or not os.path.exists(file):  # which takes any text
+        if not isinstance(file, str | Path):
             continue
-        if Path(file).resolve().is_relative_to(path.resolve()):
+        names = [file] if os.path.exists(file) else glob.glob(str(file), recursive=True)  # both take any text
+        if any(Path(name).resolve().is_relative_to(path.resolve()) for name in names):
             raise RunDirectoryError(
                 f"--overwrite would delete {flag} {file} with all of --run-dir {path}: choose another --run-dir"
             )

@@ -37,7 +37,7 @@ async def stop_on_signals() -> AsyncIterator[None]:
                     since = monotonic()
                     received.append(number)
                     logging.getLogger(__name__).warning(
-                        "%s: the run ends, and what it has done is saved; once more ends it at once, and saves nothing",
+                        "%s: the run ends and saves what it has done; once more, two seconds from now, ends it at once, unsaved",
                         number.name,
                     )
                     work.cancel()

@@ -33,7 +33,7 @@ class Prompt:
     seed: int
     """From (run seed, ordinal): a prompt that is sampled again after a resume is sampled with the same seeds."""
     task: Any
-    """What `Environment.task(index)` gave; picklable."""
+    """What `Environment.task(index)` gave, picklable; a Failure where it raised."""
 
 
 InFlight: TypeAlias = Literal["finish", "restart", "hop"]

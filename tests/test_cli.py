@@ -101,7 +101,7 @@ def test_a_stopped_run_says_how_to_go_on(
 
 
 @pytest.mark.parametrize(
-    "form", ["--overwrite", "--overwrite true", "--overwrite=true", "--no-resume", "--resume false"]
+    "form", ["--overwrite", "--overwrite true", "--overwrite=true", "--no-resume", "--resume false", "--overwrite 1"]
 )
 def test_however_it_was_overwritten_it_is_not_again(form: str) -> None:
     assert cli._resumed(["grpo", *form.split(), "--seed", "1"]) == ["grpo", "--seed", "1", "--resume"]

@@ -129,8 +129,11 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
 def test_the_flag_resume_wins_over_overwrite_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text("overwrite = true\n")
-    settings, _ = parse(RunSettings, ["--config", str(file), "--resume"], "rlloop")
-    assert (settings.resume, settings.overwrite) == (True, False)
+    for form in ("--resume", "--resume=True", "--resume=1", "--resume true"):
+        settings, _ = parse(RunSettings, ["--config", str(file), *form.split()], "rlloop")
+        assert (settings.resume, settings.overwrite) == (True, False)
+    settings, _ = parse(RunSettings, ["--config", str(file), "--resume", "false"], "rlloop")
+    assert (settings.resume, settings.overwrite) == (False, True)
 
 
 def test_settings_are_immutable() -> None:

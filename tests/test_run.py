@@ -44,7 +44,7 @@ from rlloop.events import Events
 from rlloop.ledger import Ledger
 from rlloop.refit.publisher import Refit
 from rlloop.rewards import Scorer
-from rlloop.run import Run, run
+from rlloop.run import Run, _open_ledger, run
 from rlloop.run_directory import open_run_directory
 from rlloop.samples import make_samples
 from rlloop.signals import stop_on_signals
@@ -513,6 +513,28 @@ async def test_a_task_that_cannot_be_made_costs_its_group_and_is_said(
     assert said.startswith(
         "a rollout of task 3 has no reward: error in task: ValueError: row 3 is corrupt (test_run.py:"
     )
+
+
+def test_a_failing_task_does_not_change_what_a_run_is_and_only_failing_ones_end_it_at_once(tmp_path: Path) -> None:
+    class Corrupt(Environment):
+        text, last = "row 3 is corrupt", 3
+
+        def task(self, index: int) -> int:
+            if 3 <= index <= self.last or self.last < 0:
+                raise ValueError(self.text)
+            return index
+
+    config, environment = make_settings(tmp_path / "run"), Corrupt()
+    _, identity = _open_ledger(config, environment, NUM_TASKS, None)
+    environment.text = "row 3 is corrupt (0x7f01)"
+    assert _open_ledger(config, environment, NUM_TASKS, None)[1] == identity
+    environment.last = 4
+    assert _open_ledger(config, environment, NUM_TASKS, None)[1] != identity
+    environment.last = -1
+    with pytest.raises(
+        BadEnvironmentError, match="environment arithmetic cannot make a task: ValueError: row 3 is corrupt"
+    ):
+        _open_ledger(config, environment, NUM_TASKS, None)
 
 
 def test_a_resume_of_more_steps_than_are_asked_for_is_refused_and_changes_nothing(tmp_path: Path) -> None:

@@ -160,6 +160,15 @@ def test_a_dataset_in_the_run_directory_is_not_deleted(tmp_path):
     assert rows.exists()
 
 
+@pytest.mark.parametrize("pattern", ["*.jsonl", "**/*.jsonl", "?ows.jsonl"])
+def test_a_pattern_of_what_lies_in_the_run_directory_is_not_deleted(tmp_path, pattern):
+    rows = start(tmp_path).path / "rows.jsonl"
+    rows.touch()
+    with pytest.raises(RunDirectoryError, match=r"--overwrite would delete --env-args path "):
+        start(tmp_path, overwrite=True, env_args={"path": ["elsewhere.jsonl", str(rows.parent / pattern)]})
+    assert rows.exists()
+
+
 def test_where_no_directory_can_be_is_said(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunDirectoryError, match=r"--run-dir .*run: expected a directory that can be written to"):

@@ -73,7 +73,7 @@ def test_the_second_signal_ends_the_process_at_once(anyio_backend: str) -> None:
 
 def test_signals_that_come_at_once_are_one_stop(anyio_backend: str) -> None:
     """As `timeout` sends them."""
-    with start(anyio_backend, cleanup=0.5) as child:
+    with start(anyio_backend, cleanup=1.5) as child:
         child.send_signal(signal.SIGTERM)
         assert child.stdout is not None
         assert child.stdout.readline() == "cleaning up\n"
