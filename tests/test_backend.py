@@ -217,6 +217,7 @@ def test_a_run_may_need_less(tmp_path: Path) -> None:
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(ConfigError, match=r"^--model: expected a model with its tokenizer.s files, got "):
         load_tokenizer(str(tmp_path), {})
 
