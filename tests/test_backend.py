@@ -217,7 +217,6 @@ def test_a_run_may_need_less(tmp_path: Path) -> None:
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / "model.safetensors").touch()
     with pytest.raises(ConfigError, match=r"^--model: expected a model with its tokenizer.s files, got "):
         load_tokenizer(str(tmp_path), {})
 
@@ -259,7 +258,8 @@ def test_each_engine_gets_gpus_of_its_own(replicas: int, tmp_path: Path, monkeyp
 
     monkeypatch.setattr("rlloop.placement.visible_gpus", lambda: list("abcd"))
     monkeypatch.setattr("rlloop.backend.load_tokenizer", lambda model, chat_template_kwargs: None)
-    (tmp_path / "config.json").touch()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
     monkeypatch.setattr("rlloop.engine.vllm.start_vllm", start)
     monkeypatch.setattr("rlloop.trainer.kinds.trainer_class", lambda kind: trainer)
     placement = Placement("bfloat16", None, None, replicas, 2 // replicas, (0, 1), (2, 3), kv_cache_gib=7)
