@@ -102,9 +102,8 @@ async def sample_group(
     """Sample and score `settings.group_size` rollouts of the prompt with one policy version, or from that on.
 
     A member whose environment or reward raises, or takes too long, becomes one of `Group.failures`, as all do whose task is a
-    Failure. What says nothing
-    about the policy is raised: EngineError and every other RlloopError, PromptTooLong among them. Each member samples
-    with seeds of its own. Spans: `rollout` until the last rollout ends, `score` from the end of the first.
+    Failure. What says nothing about the policy is raised: EngineError and every other RlloopError, PromptTooLong among them. Each
+    member samples with seeds of its own. Spans: `rollout` until the last rollout ends, `score` from the end of the first.
     """
     scored: dict[int, tuple[Rollout, float]] = {}
     failures: dict[int, Failure] = {}

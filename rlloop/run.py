@@ -19,7 +19,7 @@ from anyio import CancelScope, create_task_group, to_thread
 
 from rlloop.adapters import POLICY, Adapters, adapter_folder, create_adapters
 from rlloop.backend import Backend, open_backend
-from rlloop.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
+from rlloop.checkpoint import Checkpoint, write_checkpoint
 from rlloop.config import RunSettings, TrainingSettings
 from rlloop.engine import Engine
 from rlloop.environment import Environment, load_environment
@@ -292,7 +292,7 @@ def open_records(
     """What a run writes, and the checkpoint that it goes on from; `stack` closes them."""
     check_trackers(settings)
     directory = stack.enter_context(open_run_directory(settings))
-    checkpoint = newest_checkpoint(directory.path) if settings.resume else None
+    checkpoint = directory.checkpoint
     events = Events(directory.path / "events.jsonl")
     stack.callback(events.close)
     tracker = open_trackers(settings, directory.path, directory.attempt)

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from rlloop.checkpoint import newest_checkpoint
+from rlloop.checkpoint import Checkpoint, newest_checkpoint
 from rlloop.config import TrainingSettings
 from rlloop.errors import RunDirectoryError
 from rlloop.tracking import wandb
@@ -48,6 +48,8 @@ class RunDirectory:
     """1 for the first start; each that goes on there adds one. What a later attempt logs of a step supersedes earlier ones."""
     config_sha256: str
     """Of config.toml."""
+    checkpoint: Checkpoint | None
+    """From which a resumed run goes on."""
     _lock: IO[str]
 
     @property
@@ -102,8 +104,10 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
         _check(path, settings)  # another run may have come first
         if settings.overwrite:
             _empty(path)
+        checkpoint = None
         if settings.resume:
-            _check_settings(path, settings)
+            checkpoint = newest_checkpoint(path)
+            _check_settings(path, settings, checkpoint.step if checkpoint else 0)
         else:
             (path / wandb.RUN_ID).unlink(missing_ok=True)  # of a start that failed
         attempt = 1 if settings.overwrite else int(lock.read() or 0) + 1
@@ -112,7 +116,7 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
         lock.write(f"{attempt}\n")
         lock.flush()
         _replace(path / CONFIG, config)
-        run_directory = RunDirectory(path, attempt, hashlib.sha256(config).hexdigest(), lock)
+        run_directory = RunDirectory(path, attempt, hashlib.sha256(config).hexdigest(), checkpoint, lock)
         for folder in (run_directory.logs, run_directory.completions, run_directory.checkpoints):
             folder.mkdir(exist_ok=True)
     except BaseException:
@@ -180,15 +184,14 @@ def _empty(path: Path) -> None:
             entry.unlink()
 
 
-def _check_settings(path: Path, settings: TrainingSettings) -> None:
+def _check_settings(path: Path, settings: TrainingSettings, num_made: int) -> None:
     try:
         before = tomllib.loads((path / CONFIG).read_text())
     except ValueError as error:
         raise RunDirectoryError(f"{path / CONFIG} cannot be read, so the run cannot be resumed: {error}") from error
-    newest = newest_checkpoint(path)
-    if newest and newest.step > settings.num_steps:
+    if num_made > settings.num_steps:
         raise RunDirectoryError(
-            f"--num-steps: expected at least the {newest.step} steps that {path} has made, got {settings.num_steps}"
+            f"--num-steps: expected at least the {num_made} steps that {path} has made, got {settings.num_steps}"
         )
     now = tomllib.loads(settings.to_toml())
     changes = _changes(before, now, FIXED)

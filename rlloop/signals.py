@@ -25,7 +25,8 @@ async def stop_on_signals() -> AsyncIterator[None]:
 
     A second one, some seconds later, ends the process at once.
     """
-    caught = [number for number in STOP_SIGNALS if not (number == signal.SIGHUP and _is_ignored(number))]
+    is_deaf = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    caught = [number for number in STOP_SIGNALS if not (number == signal.SIGHUP and is_deaf)]
     received: list[signal.Signals] = []
 
     async def watch(*, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
@@ -56,7 +57,3 @@ async def stop_on_signals() -> AsyncIterator[None]:
         raise
     if received:
         raise Stopped(received[0])
-
-
-def _is_ignored(number: signal.Signals) -> bool:
-    return signal.getsignal(number) is signal.SIG_IGN

@@ -167,7 +167,7 @@ class Trainer(FakeTrainer):
 async def open_fake_run(config: RunSettings, scorer: Any = None, moment: Moment = nothing) -> AsyncIterator[Run]:
     """As `rlloop.run.open_run`, with the fakes."""
     with open_run_directory(config) as directory:
-        checkpoint = newest_checkpoint(directory.path) if config.resume else None
+        checkpoint = directory.checkpoint
         identity = (NUM_TASKS, config.seed, "fingerprint")
         ledger = Ledger.restore(checkpoint.ledger, *identity) if checkpoint else Ledger(*identity)
         steps_per_version = config.num_epochs * config.num_minibatches if isinstance(config, ppo.Config) else 1
