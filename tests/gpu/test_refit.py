@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlloop.refit.arrivals import Arrivals
 from rlloop.refit.digest import digest
 from rlloop.refit.transports import Reader, make_writer
 from rlloop.types import Transport
@@ -54,4 +55,35 @@ def test_nccl_brings_what_was_sent() -> None:
             shapes = {"0.lora_A.weight": (8, size), "0.lora_B.weight": (301, 8)}
             ticket = writer.write({name: torch.randn(shape, device="cuda") for name, shape in shapes.items()}, 2.0)
             assert reader.submit(_digest_on_the_second_gpu, asdict(ticket)).result(60) == ticket.digest
+    writer.close()
+
+
+_ARRIVALS: list[Arrivals] = []
+
+
+def _take_beside_a_forward_pass(ticket: dict[str, Any]) -> tuple[str, bool]:
+    """On the second GPU; -> the digest of what came, and whether the pass was still running when it had come."""
+    device, forward_pass = torch.device("cuda", 1), torch.cuda.Stream(1)
+    torch.cuda.set_device(device)
+    if not _ARRIVALS:
+        _ARRIVALS.append(Arrivals(device, torch.bfloat16))
+    with torch.cuda.stream(forward_pass):
+        torch.cuda._sleep(10**9)  # cycles: half a second
+    with _ARRIVALS[0].stream():
+        flat = _ARRIVALS[0].take(ticket)
+        _ARRIVALS[0].now()
+        is_running = not forward_pass.query()
+        return digest(flat, ticket["manifest"]), is_running
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="from one GPU to another")
+def test_what_comes_from_another_gpu_waits_for_no_forward_pass() -> None:
+    writer = make_writer("cuda_ipc", "bfloat16", "")
+    with ProcessPoolExecutor(1, get_context("spawn")) as worker:
+        for turn in range(3):
+            tensors = {"0.lora_A.weight": torch.randn(32, 10**6), "0.lora_B.weight": torch.randn(10**6, 32)}
+            ticket = writer.write({name: each.cuda() for name, each in tensors.items()}, 2.0)
+            found, was_running = worker.submit(_take_beside_a_forward_pass, asdict(ticket)).result(60)
+            assert found == ticket.digest
+            assert was_running or turn == 0  # which maps the memory and allocates its own
     writer.close()
