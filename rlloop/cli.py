@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from rlloop.flags import parse  # and pydantic, which the usage need not wait for
 
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    assert logging.lastResort is not None
+    # This handler writes to what is sys.stderr at that moment: while there is a live table, to what prints above it.
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[logging.lastResort])
     try:
         algorithm = _algorithm(arguments[0])
         settings, dry_run = parse(algorithm.Config, arguments[1:], f"rlloop {arguments[0]}")
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         if _attempt(settings) == before:  # what is there is another run's, if anything
             return 2
-        sys.stderr.write(f"run directory: {settings.run_dir} (logs/ has what engine and trainer said)\n")
+        sys.stderr.write(f"run directory: {settings.run_dir} (logs/ has what engine, trainer and rewards said)\n")
         return 1
     return 0
 

@@ -16,7 +16,8 @@ import select
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from signal import SIGKILL, Signals
 from traceback import extract_tb
 from types import TracebackType
@@ -40,13 +41,17 @@ _WORKER = "import sys; lifeline, *sys.path[:] = sys.argv[1:]; from rlloop.reward
 class Scorer:
     """Calls `environment.score` in `num_workers` processes, each of which builds the environment once, by name.
 
-    Use as an asynchronous context manager; on exit no process is left. Workers start when they are first needed.
+    Use as an asynchronous context manager; on exit no process is left. Workers start when they are first needed. What they print
+    is added to the file `log_path`, or goes to standard error.
     """
 
-    def __init__(self, name: str, args: Mapping[str, Any], *, num_workers: int, timeout: float) -> None:
+    def __init__(
+        self, name: str, args: Mapping[str, Any], *, num_workers: int, timeout: float, log_path: Path | None = None
+    ) -> None:
         self._name = name
         self._args = dict(args)
         self._timeout = timeout
+        self._log_path = log_path
         self._limiter = anyio.CapacityLimiter(num_workers)
         self._idle: list[_Worker] = []
 
@@ -72,7 +77,7 @@ class Scorer:
         async with self._limiter:
             while self._idle and self._idle[-1].is_dead:  # of nothing that this rollout did
                 await self._idle.pop().kill()
-            worker = self._idle.pop() if self._idle else await _Worker.start(self._name, self._args)
+            worker = self._idle.pop() if self._idle else await _Worker.start(self._name, self._args, self._log_path)
             reusable = False
             try:
                 with anyio.fail_after(self._timeout):
@@ -104,15 +109,17 @@ class _Worker:
         self._stdout = BufferedByteReceiveStream(process.stdout)
 
     @classmethod
-    async def start(cls, name: str, args: Mapping[str, Any]) -> _Worker:
+    async def start(cls, name: str, args: Mapping[str, Any], log_path: Path | None) -> _Worker:
         """A worker that has built the environment. Raises BadEnvironmentError."""
         theirs, ours = os.pipe()
-        command = [sys.executable, "-c", _WORKER, str(theirs), *sys.path]
+        # Unbuffered, for what it has printed must be there when it is killed.
+        command = [sys.executable, "-u", "-c", _WORKER, str(theirs), *sys.path]
         try:
-            # A session of its own: killed with all that a reward starts, and deaf to the terminal's Ctrl-C.
-            process = await anyio.open_process(
-                command, stdin=subprocess.PIPE, stderr=None, start_new_session=True, pass_fds=(theirs,)
-            )
+            with log_path.open("ab") if log_path else nullcontext() as log:
+                # A session of its own: killed with all that a reward starts, and deaf to the terminal's Ctrl-C.
+                process = await anyio.open_process(
+                    command, stdin=subprocess.PIPE, stderr=log, start_new_session=True, pass_fds=(theirs,)
+                )
         except BaseException:
             os.close(ours)
             raise

@@ -240,6 +240,7 @@ async def open_run(
                 settings.all_env_args,
                 num_workers=settings.environment.score_workers,
                 timeout=settings.environment.score_timeout,
+                log_path=directory.path / "logs" / "rewards.log",
             )
         )
         ledger, tasks_fingerprint = _open_ledger(settings, environment, num_tasks, checkpoint)

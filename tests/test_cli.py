@@ -1,3 +1,6 @@
+import os
+import pty
+import re
 import resource
 import shlex
 import signal
@@ -141,3 +144,68 @@ def test_a_typo_leaves_no_run_directory_behind(
     assert error.startswith("error: ")
     assert "run directory" not in error
     assert not (tmp_path / "run").exists()
+
+
+ON_A_TERMINAL = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from rlloop import cli
+from rlloop.config import RunSettings
+from rlloop.failures import FailureLog
+from rlloop.tracking import open_trackers
+from rlloop.types import Failure
+
+def main(settings):
+    trackers = open_trackers(settings, settings.run_dir, 1)
+    trackers.status("starting")
+    time.sleep(0.6)  # two refreshes of the table
+    FailureLog().report(7, [Failure("error", "score", "KeyError: 'answer'")])
+    time.sleep(0.6)
+    trackers.log(1, {"reward/mean": 0.5})
+    trackers.close()
+
+cli._algorithm = lambda name: SimpleNamespace(Config=RunSettings, main=main)
+sys.exit(cli.main(["grpo", "--run-dir", sys.argv[1]]))
+"""
+
+
+def on_screen(written: str) -> list[str]:
+    """What a terminal that is high enough shows in the end of what a live table is drawn with."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", written):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row - len(lines) + 1)
+        elif part.endswith("A") and part.startswith("\x1b"):
+            row -= int(part[2:-1])
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif not part.startswith(("\x1b", "\r")):
+            lines[row] += part
+    return lines
+
+
+@pytest.mark.parametrize("is_redirected", [False, True])
+def test_a_warning_stays_on_the_terminal(is_redirected: bool, tmp_path: Path) -> None:
+    """Above the live table, which is drawn over what anybody else writes; `2> file` gets it where it is asked for."""
+    ours, theirs = pty.openpty()
+    errors = tmp_path / "errors"
+    with errors.open("w") as file, os.fdopen(theirs) as terminal:
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
+        command = [sys.executable, "-c", ON_A_TERMINAL, str(tmp_path)]
+        child = subprocess.Popen(command, stdout=terminal, stderr=file if is_redirected else terminal, env=environment)
+    written = b""
+    with os.fdopen(ours, "rb", buffering=0) as screen:
+        try:
+            while part := screen.read(4096):
+                written += part
+        except OSError:  # Linux says so when the other end is closed
+            pass
+    assert child.wait() == 0
+    lines = on_screen(written.decode())
+    warning = "WARNING rlloop.failures: a rollout of task 7 has no reward: error in score: KeyError: 'answer'"
+    assert lines.count(warning) == (not is_redirected)
+    assert errors.read_text().splitlines().count(warning) == is_redirected
+    assert any("0.500" in line for line in lines)
+    assert "starting" not in " ".join(lines)

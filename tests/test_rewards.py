@@ -78,8 +78,26 @@ def rollout(text: str) -> Rollout:
     return Rollout(np.zeros(1, np.int32), np.ones(1, np.bool_), np.zeros(1, np.float32), 0, "stop", 1, text)
 
 
-def scorer(name: str = "graders:Env", *, timeout: float = 20.0, num_workers: int = 1, **args: float) -> Scorer:
-    return Scorer(name, args, num_workers=num_workers, timeout=timeout)
+def scorer(
+    name: str = "graders:Env",
+    *,
+    timeout: float = 20.0,
+    num_workers: int = 1,
+    log_path: Path | None = None,
+    **args: float,
+) -> Scorer:
+    return Scorer(name, args, num_workers=num_workers, timeout=timeout, log_path=log_path)
+
+
+@pytest.mark.anyio
+async def test_what_rewards_print_is_in_the_log(
+    anyio_backend: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for text in ("print", "print"):
+        async with scorer(log_path=tmp_path / "rewards.log") as rewards:
+            assert await rewards.score({}, rollout(text)) == 0.25
+    assert (tmp_path / "rewards.log").read_text() == "chatter\nchatter\n"
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.anyio

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -32,7 +33,8 @@ class Terminal:
         self._status = ""
         self._live: Live | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._live = Live(self._table(), console=self._console, refresh_per_second=4)
+            table, is_seen_here = self._table(), sys.stderr.isatty()  # and not `2> file`
+            self._live = Live(table, console=self._console, refresh_per_second=4, redirect_stderr=is_seen_here)
             self._live.start()
 
     def status(self, text: str) -> None:
