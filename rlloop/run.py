@@ -49,6 +49,8 @@ Update: TypeAlias = Callable[[Trainer, list[Group]], Awaitable[Metrics]]
 
 SettingsT = TypeVar("SettingsT", bound=TrainingSettings)
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Run:
@@ -111,7 +113,7 @@ class Run:
                         await self._save_unless_torn(end)
                     # The trainer may be what died; the first error is the one to raise.
                     except (CheckpointError, RankDied, TornUpdate) as error:
-                        logging.getLogger(__name__).error("what came after step %d is lost: %s", self._saved, error)
+                        logger.error("what came after step %d is lost: %s", self._saved, error)
                 raise
 
     def task(self, index: int) -> Any:
@@ -296,12 +298,12 @@ def open_records(
     checkpoint = directory.checkpoint
     events = Events(directory.path / "events.jsonl")
     stack.callback(events.close)
+    if checkpoint and checkpoint.step == settings.num_steps:
+        logger.warning("all %d steps are made; a greater --num-steps goes on", settings.num_steps)
+    for what in checkpoint.passed_over if checkpoint else ():
+        logger.warning("passed over a broken checkpoint: %s", what)
     tracker = open_trackers(settings, directory.path, directory.attempt)
     stack.callback(tracker.close)
-    if checkpoint and checkpoint.step == settings.num_steps:
-        tracker.status(f"all {settings.num_steps} steps are made; a greater --num-steps goes on")
-    for warning in checkpoint.passed_over if checkpoint else ():
-        tracker.status(f"passed over a broken checkpoint: {warning}")
     return directory, checkpoint, events, tracker
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from rlloop.events import Events
 from rlloop.ledger import Ledger
 from rlloop.refit.publisher import Refit
 from rlloop.rewards import Scorer
-from rlloop.run import Run, _open_ledger, run
+from rlloop.run import Run, _open_ledger, open_records, run
 from rlloop.run_directory import open_run_directory
 from rlloop.samples import make_samples
 from rlloop.signals import stop_on_signals
@@ -548,6 +549,24 @@ def test_a_resume_of_more_steps_than_are_asked_for_is_refused_and_changes_nothin
         open_run_directory(fewer)
     assert (config.run_dir / "config.toml").read_text() == before
     train(config.model_copy(update={"resume": True}))
+
+
+@pytest.mark.anyio
+async def test_what_a_resume_has_found_is_said_and_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, anyio_backend: str
+) -> None:
+    config = make_settings(tmp_path / "run", checkpoint={"every": 2})
+    async with open_fake_run(config) as fake:
+        await fake.train(update)
+    for step, message in ((6, "all 6 steps are made"), (4, r"passed over a broken checkpoint: .*step_000006")):
+        caplog.clear()
+        async with AsyncExitStack() as stack:
+            directory, *_ = open_records(config.model_copy(update={"resume": True}), stack)
+            assert directory.checkpoint is not None
+            assert directory.checkpoint.step == step
+            (directory.checkpoints / "step_000006" / "manifest.json").write_text("{")
+        [record] = caplog.records
+        assert re.match(message, record.getMessage())
 
 
 # --- Errors -------------------------------------------------------------------------------------------------------------

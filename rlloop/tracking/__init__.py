@@ -108,7 +108,10 @@ def open_trackers(settings: TrainingSettings, run_dir: Path, attempt: int) -> Tr
     if settings.tracking.wandb != "disabled":
         from rlloop.tracking.wandb import open_wandb
 
-        sinks["W&B"] = Background("W&B", lambda: open_wandb(settings, run_dir, show_status))
+        def say(line: str) -> None:
+            terminal.submit(lambda sink: sink.say(line))
+
+        sinks["W&B"] = Background("W&B", lambda: open_wandb(settings, run_dir, say))
     if settings.tracking.tensorboard:
         from rlloop.tracking.tensorboard import TensorBoard
 

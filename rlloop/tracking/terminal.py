@@ -42,6 +42,10 @@ class Terminal:
         self._status = text
         self._show(text)
 
+    def say(self, line: str) -> None:
+        """A line that stays, above the table where there is one."""
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One row or line."""
         if "time/step" in metrics:
@@ -66,7 +70,7 @@ class Terminal:
             found = f"reward {reward:.3f} ± {error:.3f} on {metrics['eval/prompts']:.0f} held-out prompts"
             if metrics.get("eval/failures"):
                 found += f", {metrics['eval/failures']:.0f} rollouts failed"
-        self._print(f"version {policy_version}: {found}")
+        self.say(f"version {policy_version}: {found}")
 
     def close(self) -> None:
         """Leave the table as it stands."""
@@ -79,10 +83,7 @@ class Terminal:
         if self._live:
             self._live.update(self._table())
         else:
-            self._print(line)
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+            self.say(line)
 
     def _eta(self, step: int) -> timedelta:
         seconds_per_step = sum(self._seconds) / len(self._seconds)

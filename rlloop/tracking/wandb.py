@@ -55,7 +55,7 @@ class Wandb:
         wandb.teardown()  # or its hook at the interpreter's exit would write to its service, which the run's end has killed
 
 
-def open_wandb(settings: TrainingSettings, run_dir: Path, status: Callable[[str], None]) -> Wandb:
+def open_wandb(settings: TrainingSettings, run_dir: Path, say: Callable[[str], None]) -> Wandb:
     """Start or resume the run whose id is in <run_dir>/wandb_run_id; offline where the server cannot be reached.
 
     An offline run has the same id, so that `wandb sync` later continues the curves of the online one.
@@ -92,7 +92,7 @@ def open_wandb(settings: TrainingSettings, run_dir: Path, status: Callable[[str]
                 problem = str(error)
                 wandb.teardown()  # its service process goes on holding the run's id otherwise
             else:
-                status(f"W&B: {run.url}")
+                say(f"W&B: {run.url}")
                 return Wandb(run)
         logger.warning("W&B at %s cannot be used (%s): offline; `wandb sync` uploads it later", base_url, problem)
     return Wandb(wandb.init(mode="offline", **arguments))

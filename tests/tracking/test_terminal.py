@@ -108,3 +108,13 @@ def test_rollouts_that_failed_are_shown():
     assert "  failed 3" in first
     assert "failed" not in second
     assert third.endswith("on 16 held-out prompts, 4 rollouts failed")
+
+
+def test_what_is_said_stays_above_the_table():
+    out = io.StringIO()
+    terminal = Terminal(Path("runs/a"), 40, Console(file=out, width=160, force_terminal=True, _environ={}))
+    terminal.say("W&B: https://wandb.example/[run]")
+    terminal.status("starting engine")
+    terminal.log(1, METRICS)
+    terminal.close()
+    assert out.getvalue().count("W&B: https://wandb.example/[run]\n") == 1
