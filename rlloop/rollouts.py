@@ -171,7 +171,11 @@ async def _roll_out(environment: Environment, task: Any, policy: EnginePolicy) -
     try:
         rollout = await environment.rollout(task, policy)
         _check(rollout)
-    except Exception as error:
+    except anyio.get_cancelled_exc_class() as error:
+        if anyio.current_effective_deadline() == -math.inf:
+            raise
+        return Failure("error", "rollout", explain(error))  # not this rollout was cancelled, but what it waited for
+    except (Exception, SystemExit) as error:
         cause = _leaf(error)
         if isinstance(cause, RlloopError):
             raise cause from None
@@ -202,7 +206,7 @@ def _check(rollout: Any) -> None:
             raise BadEnvironmentError(message) from error
 
 
-def _leaf(error: Exception) -> Exception:
+def _leaf(error: BaseException) -> BaseException:
     """The error that says most: of an environment's own task groups the first RlloopError, else the first of all."""
     if not isinstance(error, ExceptionGroup):
         return error

@@ -1,7 +1,10 @@
+import asyncio
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import anyio
@@ -52,6 +55,16 @@ class Environment:
                 raise TimeoutError("tool")
             case "hang":
                 await anyio.sleep_forever()
+            case "exit":
+                sys.exit(2)
+            case "wait for what is cancelled":
+                asyncio.get_running_loop().call_soon((reply := asyncio.Future[None]()).cancel)
+                await reply
+            case "be cancelled":
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+                await asyncio.sleep(0)
             case "return None":
                 return None  # type: ignore[return-value]
             case "sample twice at once":
@@ -191,6 +204,41 @@ async def test_an_environment_that_fails_gives_failures() -> None:
     assert raised[0] == timed_out_itself[0] == "error"
     assert raised[1].startswith("KeyError: 'tool' (test_rollouts.py:")
     assert timed_out_itself[1].startswith("TimeoutError: tool (test_rollouts.py:")
+
+
+@pytest.mark.anyio
+async def test_a_rollout_that_exits_is_a_failure(anyio_backend: str) -> None:
+    group = await sample(Environment("exit"))
+    assert [(failure.stage, failure.message[:13]) for failure in group.failures] == [("rollout", "SystemExit: 2")]
+    assert len(group.rollouts) == 3
+
+
+@pytest.mark.parametrize("instead", ["wait for what is cancelled", "be cancelled"])
+def test_what_is_cancelled_inside_a_rollout_costs_that_rollout(instead: str) -> None:
+    """As a pending reply whose connection has closed. On trio nothing is cancelled but by scopes."""
+    group = anyio.run(partial(sample, Environment(instead)))
+    assert [(failure.stage, failure.message[:14]) for failure in group.failures] == [("rollout", "CancelledError")]
+    assert len(group.rollouts) == 3
+
+
+@pytest.mark.anyio
+async def test_a_group_that_is_cancelled_ends_and_has_no_failures(anyio_backend: str) -> None:
+    environment = Environment("hang", "hang", "hang", "hang")
+    with anyio.move_on_after(0.05) as scope:
+        await sample(environment)
+    assert environment.num_begun == 4
+    assert scope.cancelled_caught
+
+
+def test_a_group_is_cancelled_by_asyncio_alone() -> None:
+    async def run() -> None:
+        task = asyncio.create_task(sample(Environment("hang", "hang", "hang", "hang")))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
 
 
 @pytest.mark.anyio
