@@ -189,7 +189,7 @@ class Loop:
     async def _sample_next(self) -> Group | None:
         ordinal, index, seed = self._ledger.next()
         prompt = Prompt(ordinal, index, seed, self._stages.task(index))
-        async with self._refit.lease() as version:
+        async with self._refit.lease(ordinal) as version:
             with CancelScope() as scope:
                 self._backlog.start(version)
                 self._scopes[version].add(scope)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 from anyio import TaskHandle
@@ -17,16 +16,9 @@ from rlloop.config import RunSettings, SamplingSettings
 from rlloop.engine import Engine
 from rlloop.environment import Environment, PromptTooLong
 from rlloop.errors import BadEnvironmentError, RlloopError
+from rlloop.events import Events
 from rlloop.rewards import Scorer, explain
 from rlloop.types import Completion, Failure, GenerationRequest, Group, InFlight, Prompt, Rollout
-
-
-class Spans(Protocol):
-    """Where durations are recorded."""
-
-    def span(self, name: str, resource: str, *, policy_version: int, **fields: Any) -> AbstractContextManager[Any]:
-        """Measures what runs inside it."""
-        ...
 
 
 def derive_seed(*parts: int) -> int:
@@ -97,13 +89,15 @@ async def sample_group(
     policy_version: int,
     settings: RunSettings,
     in_flight: InFlight = "finish",
-    events: Spans | None = None,
+    events: Events,
+    rolled_out: Callable[[], None] = lambda: None,
 ) -> Group:
     """Sample and score `settings.group_size` rollouts of the prompt with one policy version, or from that on.
 
     A member whose environment or reward raises, or takes too long, becomes one of `Group.failures`, as all do whose task is a
     Failure. What says nothing about the policy is raised: EngineError and every other RlloopError, PromptTooLong among them. Each
-    member samples with seeds of its own. Spans: `rollout` until the last rollout ends, `score` from the end of the first.
+    member samples with seeds of its own. `rolled_out` is called when the last rollout has ended, before all are scored. Spans:
+    `rollout` until then, `score` from when the first is scored.
     """
     scored: dict[int, tuple[Rollout, float]] = {}
     failures: dict[int, Failure] = {}
@@ -123,9 +117,12 @@ async def sample_group(
         )
         try:
             task = _own_copy(prompt.task)
-            outcome = task if isinstance(task, Failure) else await _roll_out(environment, task, policy)
-            progress.rolled_out(member)
+            try:
+                outcome = task if isinstance(task, Failure) else await _roll_out(environment, task, policy)
+            finally:
+                progress.rolled_out(member)
             if isinstance(outcome, Rollout):
+                progress.scores()
                 reward = await scorer.score(task, outcome)
                 if not isinstance(reward, Failure):
                     scored[member] = outcome, reward
@@ -137,7 +134,7 @@ async def sample_group(
             members.cancel_scope.cancel()
 
     timeout = settings.environment.rollout_timeout
-    with _Progress(events, policy_version, prompt.ordinal) as progress:
+    with _Progress(events, policy_version, prompt.ordinal, rolled_out) as progress:
         async with anyio.create_task_group() as members:
             for member in range(settings.group_size):
                 progress.rolling[member] = members.start_soon(run, member)
@@ -146,7 +143,6 @@ async def sample_group(
             for member, task in list(progress.rolling.items()):
                 failures[member] = Failure("timeout", "rollout", f"not done after {timeout:g} s")
                 task.cancel()
-                progress.rolled_out(member)
     if errors:
         # One member cannot be asked because none can; any other error is news.
         raise min(errors, key=lambda error: isinstance(error, PromptTooLong))
@@ -217,33 +213,33 @@ def _leaf(error: BaseException) -> BaseException:
 class _Progress:
     """Which members of a group still roll out, and the spans of its two stages, which overlap."""
 
-    def __init__(self, events: Spans | None, policy_version: int, ordinal: int) -> None:
+    def __init__(self, events: Events, policy_version: int, ordinal: int, rolled_out: Callable[[], None]) -> None:
         self.rolling: dict[int, TaskHandle[None, None]] = {}
         self.all_rolled_out = anyio.Event()
+        self._say_rolled_out = rolled_out
         self._events = events
-        self._fields = {"policy_version": policy_version, "ordinal": ordinal}
-        self._rollout, self._score = ExitStack(), ExitStack()
-        self._scores = False
+        self._fields: dict[str, Any] = {"policy_version": policy_version, "ordinal": ordinal}
+        self._began = {"rollout": events.clock()}
 
     def __enter__(self) -> _Progress:
-        self._begin(self._rollout, "rollout", "engine")
         return self
 
     def rolled_out(self, member: int) -> None:
-        """The member is to be scored, or has failed; one that is timed out may say so twice."""
-        if self.rolling.pop(member, None) is None:
-            return
-        if not self._scores:
-            self._scores = True
-            self._begin(self._score, "score", "rewards")
+        """The member needs the engine no more, however its rollout has ended."""
+        del self.rolling[member]
         if not self.rolling:
-            self._rollout.close()
+            self._end("rollout", "engine")
+            self._say_rolled_out()
             self.all_rolled_out.set()
 
-    def __exit__(self, *_: object) -> None:
-        self._rollout.close()
-        self._score.close()
+    def scores(self) -> None:
+        """A member is about to be scored."""
+        self._began.setdefault("score", self._events.clock())
 
-    def _begin(self, stack: ExitStack, name: str, resource: str) -> None:
-        if self._events is not None:
-            stack.enter_context(self._events.span(name, resource, **self._fields))
+    def __exit__(self, *_: object) -> None:
+        self._end("rollout", "engine")
+        self._end("score", "rewards")
+
+    def _end(self, name: str, resource: str) -> None:
+        if (began := self._began.pop(name, None)) is not None:
+            self._events.record(name, resource, began, self._events.clock(), **self._fields)

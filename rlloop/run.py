@@ -122,9 +122,18 @@ class Run:
 
     async def sample(self, prompt: Prompt, version: int) -> Group:
         """See `Stages.sample`."""
-        return await self._sample(self.settings, self.refit.in_flight, prompt, version)
+        return await self._sample(
+            self.settings, self.refit.in_flight, prompt, version, partial(self.refit.end_lease, prompt.ordinal)
+        )
 
-    async def _sample(self, settings: RunSettings, in_flight: InFlight, prompt: Prompt, version: int) -> Group:
+    async def _sample(
+        self,
+        settings: RunSettings,
+        in_flight: InFlight,
+        prompt: Prompt,
+        version: int,
+        rolled_out: Callable[[], None] = lambda: None,
+    ) -> Group:
         group = await sample_group(
             prompt,
             environment=self.environment,
@@ -135,6 +144,7 @@ class Run:
             settings=settings,
             in_flight=in_flight,
             events=self.events,
+            rolled_out=rolled_out,
         )
         self._failures.report(prompt.index, group.failures)
         return group

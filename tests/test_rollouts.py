@@ -1,10 +1,10 @@
 import asyncio
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -14,7 +14,9 @@ import pytest
 from rlloop.config import EngineSettings, EnvironmentSettings, RunSettings, SamplingSettings
 from rlloop.environment import Policy, PromptTooLong, Trajectory
 from rlloop.errors import BadEnvironmentError, EngineError
+from rlloop.events import Events
 from rlloop.rollouts import EnginePolicy, derive_seed, make_task, sample_group
+from rlloop.tracking import jsonl
 from rlloop.types import Completion, Failure, GenerationRequest, Group, Prompt, Rollout
 
 
@@ -94,17 +96,6 @@ class Scores:
         return self._outcome
 
 
-class Events:
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    @contextmanager
-    def span(self, name: str, resource: str, **fields: Any) -> Iterator[None]:
-        self.lines.append(f"{name} on {resource} begins {fields}")
-        yield
-        self.lines.append(f"{name} ends")
-
-
 PROMPT = Prompt(ordinal=5, index=2, seed=77, task="task")
 
 
@@ -128,6 +119,7 @@ async def sample(
         tokenizer=None,
         policy_version=3,
         settings=options.pop("settings", settings()),
+        events=options.pop("events", Events(None)),
         **options,
     )
 
@@ -340,15 +332,47 @@ async def test_what_ends_the_run_comes_before_a_long_prompt() -> None:
 
 
 @pytest.mark.anyio
-async def test_the_spans_of_a_group_overlap() -> None:
-    events = Events()
+async def test_the_spans_of_a_group_overlap(anyio_backend: str, tmp_path: Path) -> None:
+    events = Events(tmp_path / "events.jsonl")
     await sample(Environment("", "raise", "hang"), settings=settings(rollout_timeout=0.2), events=events)
-    assert events.lines == [
-        "rollout on engine begins {'policy_version': 3, 'ordinal': 5}",
-        "score on rewards begins {'policy_version': 3, 'ordinal': 5}",
-        "rollout ends",
-        "score ends",
+    events.close()
+    rollout, score = jsonl.read(tmp_path / "events.jsonl")
+    assert [(span["name"], span["resource"]) for span in (rollout, score)] == [
+        ("rollout", "engine"),
+        ("score", "rewards"),
     ]
+    assert (rollout["policy_version"], rollout["fields"]) == (3, {"ordinal": 5})
+    assert (score["policy_version"], score["fields"]) == (3, {"ordinal": 5})
+    assert rollout["start"] <= score["start"] < score["start"] + 0.05 < rollout["end"] <= score["end"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("last", ["", "hang"])
+async def test_who_waits_for_the_rollouts_does_not_wait_for_their_scores(last: str, anyio_backend: str) -> None:
+    """And waits for one that is timed out until it has let go of the engine."""
+    log: list[str] = []
+
+    class Logged(Environment):
+        async def rollout(self, task: Any, policy: Policy) -> Rollout:
+            try:
+                return await super().rollout(task, policy)
+            finally:
+                log.append("rollout")
+
+    class LoggedScores(Scores):
+        async def score(self, task: Any, rollout: Rollout) -> float | Failure:
+            await anyio.sleep(0.3)
+            log.append("score")
+            return 1.0
+
+    environment = Logged("raise", "", "", last)
+    await sample(
+        environment,
+        scores=LoggedScores(),
+        settings=settings(rollout_timeout=0.1),
+        rolled_out=lambda: log.append("rolled out"),
+    )
+    assert log == ["rollout"] * 4 + ["rolled out"] + ["score"] * (2 if last else 3)
 
 
 @pytest.mark.anyio

@@ -569,6 +569,24 @@ async def test_what_a_resume_has_found_is_said_and_stays(
         assert re.match(message, record.getMessage())
 
 
+@pytest.mark.anyio
+async def test_a_refit_with_room_for_one_version_waits_for_rollouts_and_not_for_their_scores(
+    tmp_path: Path, anyio_backend: str
+) -> None:
+    class Slow(Scores):
+        async def score(self, task: Any, rollout: Rollout) -> float | Failure:
+            await anyio.sleep(0.3)
+            return await super().score(task, rollout)
+
+    config = make_settings(tmp_path / "run", num_steps=4, refit={"form": "merged"})
+    assert config.num_versions == 1
+    async with open_fake_run(config, Slow()) as fake:
+        await fake.train(update)
+    steps = list(jsonl.read(config.run_dir / "metrics.jsonl"))
+    assert len(steps) == 4
+    assert max(step["time/refit"] for step in steps) < 0.15
+
+
 # --- Errors -------------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from time import monotonic
 
@@ -39,6 +39,8 @@ class Refit:
         self.in_flight: InFlight = in_flight
         """Of those who take a `lease`."""
         self._leases: Counter[int] = Counter()
+        self._leased: dict[int, int] = {}
+        """Group -> the version that it has leased."""
         self._served: set[int] = set()
         self._lease_ended = Event()
         self._replaced = Event()
@@ -47,23 +49,41 @@ class Refit:
         """The newest version that the engine serves."""
 
     @asynccontextmanager
-    async def lease(self) -> AsyncIterator[int]:
-        """The newest version, to begin with; it stays loaded until the block ends unless requests move on to the next."""
-        async with self.pin() if self.in_flight == "finish" else nullcontext(self.latest) as version:
+    async def lease(self, group: int) -> AsyncIterator[int]:
+        """The newest version, to begin with; it stays loaded until `end_lease` or the block's end unless requests move on to the
+        next."""
+        if self.in_flight != "finish":
+            yield self.latest
+            return
+        version = self._leased[group] = await self._take()
+        try:
             yield version
+        finally:
+            self.end_lease(group)
+
+    def end_lease(self, group: int) -> None:
+        """Of what samples no more, while it is scored: a publish need not wait for that."""
+        if (version := self._leased.pop(group, None)) is not None:
+            self._release(version)
 
     @asynccontextmanager
     async def pin(self) -> AsyncIterator[int]:
         """The newest version, which stays loaded until the block ends."""
-        while not self._replaced.is_set():
-            await self._replaced.wait()
-        version = self.latest
-        self._leases[version] += 1
+        version = await self._take()
         try:
             yield version
         finally:
-            self._leases[version] -= 1
-            self._lease_ended.set()
+            self._release(version)
+
+    async def _take(self) -> int:
+        while not self._replaced.is_set():
+            await self._replaced.wait()
+        self._leases[self.latest] += 1
+        return self.latest
+
+    def _release(self, version: int) -> None:
+        self._leases[version] -= 1
+        self._lease_ended.set()
 
     async def publish(self, version: int) -> RefitReport:
         """Make the engine serve the trainer's present weights as `version`; returns when new requests get them.

@@ -43,9 +43,9 @@ async def test_a_lease_is_on_the_newest_version(anyio_backend: str) -> None:
     engine = FakeEngine()
     refit = await make_refit(engine, 3)
     await refit.publish(0)
-    async with refit.lease() as old:
+    async with refit.lease(1) as old:
         await refit.publish(1)
-        async with refit.lease() as new:
+        async with refit.lease(2) as new:
             assert (old, new) == (0, 1)
             assert engine.versions == {0, 1}
     await refit.publish(2)
@@ -56,7 +56,7 @@ async def test_a_leased_version_stays_and_others_go(anyio_backend: str) -> None:
     engine = FakeEngine()
     refit = await make_refit(engine, 3)
     await refit.publish(0)
-    async with refit.lease():
+    async with refit.lease(1):
         for version in range(1, 6):
             await refit.publish(version)
             assert engine.versions == {0, version - 1, version}
@@ -69,10 +69,10 @@ async def test_a_lease_keeps_nothing_where_requests_move_on(in_flight: InFlight,
     engine = FakeEngine()
     refit = await make_refit(engine, 3, in_flight)
     await refit.publish(0)
-    async with refit.lease() as begins_with, refit.pin() as pinned:
+    async with refit.lease(1) as begins_with, refit.pin() as pinned:
         assert (begins_with, pinned) == (0, 0)
         await refit.publish(1)
-        async with refit.lease() as next_one:
+        async with refit.lease(2) as next_one:
             assert next_one == 1
             for version in range(2, 5):
                 await refit.publish(version)
@@ -91,12 +91,28 @@ async def test_with_room_for_one_the_next_takes_its_place_when_nobody_has_leased
         await refit.publish(3)
         log.append("published")
 
-    async with anyio.create_task_group() as tasks, refit.lease() as version:
+    async with anyio.create_task_group() as tasks, refit.lease(1) as version:
         tasks.start_soon(publish)
         await anyio.wait_all_tasks_blocked()
         assert (version, refit.latest) == (2, 2)
         log.append("done")
     assert log == ["done", "published"]
+
+
+async def test_a_lease_may_end_before_its_block(anyio_backend: str) -> None:
+    refit = await make_refit(FakeEngine(), 1)
+    await refit.publish(0)
+    with anyio.fail_after(5):
+        async with refit.lease(1) as version, anyio.create_task_group() as tasks:
+            tasks.start_soon(refit.publish, 1)
+            await anyio.wait_all_tasks_blocked()
+            assert (version, refit.latest) == (0, 0)
+            refit.end_lease(1)
+        async with refit.lease(1), refit.lease(2):  # what has ended once has not ended twice
+            refit.end_lease(2)
+            with anyio.move_on_after(0.02) as waits:
+                await refit.publish(2)
+            assert waits.cancelled_caught
 
 
 @pytest.mark.parametrize("waits_for", ["the last request", "the weights"])
@@ -106,11 +122,11 @@ async def test_who_comes_while_the_only_version_gives_way_gets_the_next(waits_fo
     leased = []
 
     async def come() -> None:
-        async with refit.lease() as version:
+        async with refit.lease(2) as version:
             assert engine.versions == {version}
             leased.append(version)
 
-    async with anyio.create_task_group() as tasks, refit.lease() if waits_for == "the last request" else nullcontext():
+    async with anyio.create_task_group() as tasks, refit.lease(1) if waits_for == "the last request" else nullcontext():
         tasks.start_soon(refit.publish, 1)
         await anyio.lowlevel.checkpoint()
         await anyio.lowlevel.checkpoint()
@@ -125,18 +141,18 @@ async def test_publish_waits_for_a_slot(anyio_backend: str) -> None:
     await refit.publish(0)
     log = []
 
-    async def use(seconds: float) -> None:
-        async with refit.lease() as version:
+    async def use(group: int, seconds: float) -> None:
+        async with refit.lease(group) as version:
             await anyio.sleep(seconds)
             log.append(f"done with {version}")
 
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(use, 0.05)
-        tasks.start_soon(use, 0.01)
+        tasks.start_soon(use, 1, 0.05)
+        tasks.start_soon(use, 2, 0.01)
         await anyio.wait_all_tasks_blocked()
         await refit.publish(1)
         log.append("published 1")
-        tasks.start_soon(use, 0.02)
+        tasks.start_soon(use, 3, 0.02)
         await anyio.wait_all_tasks_blocked()
         await refit.publish(2)
         log.append("published 2")
@@ -157,7 +173,7 @@ async def test_a_refused_version_is_not_leased(anyio_backend: str) -> None:
     with pytest.raises(RefitError):
         await refit.publish(1)
     assert refit.latest == 0
-    async with refit.lease() as version:
+    async with refit.lease(1) as version:
         assert version == 0
 
 
@@ -175,17 +191,17 @@ def test_whatever_is_leased_is_served(backend: str, num_versions: int, stays: li
         refit = await make_refit(engine, num_versions)
         await refit.publish(0)
 
-        async def use(begin: int, duration: int) -> None:
+        async def use(group: int, begin: int, duration: int) -> None:
             await anyio.sleep(begin / 1000)
-            async with refit.lease() as version:
+            async with refit.lease(group) as version:
                 for _ in range(duration):
                     assert version in engine.versions
                     await anyio.sleep(0.001)
 
         with anyio.fail_after(10):
             async with anyio.create_task_group() as tasks:
-                for begin, duration in stays:
-                    tasks.start_soon(use, begin, duration)
+                for group, (begin, duration) in enumerate(stays):
+                    tasks.start_soon(use, group, begin, duration)
                 for version in range(1, 8):
                     await refit.publish(version)
                     assert version in engine.versions
