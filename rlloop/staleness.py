@@ -39,7 +39,7 @@ class Backlog:
 
     def abandon(self, version: int) -> None:
         """A group that was started will not be trained."""
-        self._outstanding[version] -= 1
+        self._leave(version)
 
     def finish(self, group: Group) -> None:
         """A group that was started is ready to be trained."""
@@ -62,8 +62,13 @@ class Backlog:
 
     def _pop(self) -> Group:
         version, _, group = heapq.heappop(self._finished)
-        self._outstanding[version] -= 1
+        self._leave(version)
         return group
+
+    def _leave(self, version: int) -> None:
+        self._outstanding[version] -= 1
+        if not self._outstanding[version]:  # each `wait` looks through all that are kept
+            del self._outstanding[version]
 
     def _leaves_time_for_the_rest(self, trainer_version: int) -> bool:
         """Whether, if the oldest finished groups are trained now, all others can still be trained within the bound.

@@ -111,3 +111,14 @@ def test_wait_leaves_out_the_oldest_of_what_is_finished_in_whatever_order_it_cam
         waiting.finish(group(ordinal, version))
     # Both of version 1 are due now, and are trained now; that of version 2 has a step more.
     assert [g.prompt.ordinal for g in waiting.take_batch(3) or ()] == [0, 2]
+
+
+def test_a_late_step_costs_no_more_than_an_early_one() -> None:
+    waiting = backlog("wait", groups_per_step=1)
+    for version in range(100):
+        waiting.start(version)
+        waiting.start(version)
+        waiting.abandon(version)
+        waiting.finish(group(version, version))
+        assert waiting.take_batch(version) is not None
+    assert len(waiting._outstanding) == 0
