@@ -16,6 +16,7 @@ import os
 import shutil
 import tomllib
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "config.toml"
 ATTEMPT = "attempt"
+_UNFINISHED = ".config.toml.tmp"
 FIXED = (
     *("model", "chat_template_kwargs", "env", "env_args", "rewards", "seed", "group_size", "init_adapter"),
     *("lora.rank", "lora.alpha", "lora.targets"),
@@ -51,16 +53,6 @@ class RunDirectory:
     checkpoint: Checkpoint | None
     """From which a resumed run goes on."""
     _lock: IO[str]
-
-    @property
-    def logs(self) -> Path:
-        """Folder of log files."""
-        return self.path / "logs"
-
-    @property
-    def completions(self) -> Path:
-        """Folder of what the policy wrote, one file per step."""
-        return self.path / "completions"
 
     @property
     def checkpoints(self) -> Path:
@@ -96,33 +88,30 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
     config = settings.model_copy(update={"resume": False, "overwrite": False}).to_toml().encode()
     _check(path, settings)  # before anything is written
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
+        with ExitStack() as opened:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = opened.enter_context(_lock(path))
+            _check(path, settings)  # another run may have come first
+            if settings.overwrite:
+                _empty(path)
+            checkpoint = None
+            if settings.resume:
+                checkpoint = newest_checkpoint(path)
+                _check_settings(path, settings, checkpoint.step if checkpoint else 0)
+            else:
+                (path / wandb.RUN_ID).unlink(missing_ok=True)  # of a start that failed
+            attempt = 1 if settings.overwrite else int(lock.read() or 0) + 1
+            lock.seek(0)
+            lock.truncate()
+            lock.write(f"{attempt}\n")
+            lock.flush()
+            _write_config(path, config)
+            for folder in ("logs", "completions", "checkpoints"):
+                (path / folder).mkdir(exist_ok=True)
+            opened.pop_all()
     except OSError as error:
         raise RunDirectoryError(f"--run-dir {path}: expected a directory that can be written to: {error}") from error
-    try:
-        _check(path, settings)  # another run may have come first
-        if settings.overwrite:
-            _empty(path)
-        checkpoint = None
-        if settings.resume:
-            checkpoint = newest_checkpoint(path)
-            _check_settings(path, settings, checkpoint.step if checkpoint else 0)
-        else:
-            (path / wandb.RUN_ID).unlink(missing_ok=True)  # of a start that failed
-        attempt = 1 if settings.overwrite else int(lock.read() or 0) + 1
-        lock.seek(0)
-        lock.truncate()
-        lock.write(f"{attempt}\n")
-        lock.flush()
-        _replace(path / CONFIG, config)
-        run_directory = RunDirectory(path, attempt, hashlib.sha256(config).hexdigest(), checkpoint, lock)
-        for folder in (run_directory.logs, run_directory.completions, run_directory.checkpoints):
-            folder.mkdir(exist_ok=True)
-    except BaseException:
-        lock.close()
-        raise
-    return run_directory
+    return RunDirectory(path, attempt, hashlib.sha256(config).hexdigest(), checkpoint, lock)
 
 
 def _check(path: Path, settings: TrainingSettings) -> None:
@@ -130,7 +119,7 @@ def _check(path: Path, settings: TrainingSettings) -> None:
         raise RunDirectoryError(f"--run-dir {path} is not a directory")
     content = set(os.listdir(path)) if path.exists() else set()
     started = content >= {CONFIG, ATTEMPT}
-    if content - {ATTEMPT} and not started:
+    if content - {ATTEMPT, _UNFINISHED} and not started:
         raise RunDirectoryError(
             f"--run-dir {path} holds files but is no run directory (it lacks {CONFIG} or {ATTEMPT}): choose another one"
         )
@@ -238,10 +227,14 @@ def _get(config: dict[str, Any], name: str) -> Any:
     return value
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _write_config(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    temporary = path / _UNFINISHED
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path / CONFIG)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk

@@ -54,6 +54,25 @@ def test_one_whose_start_failed_can_be_used_once_more(tmp_path):
     assert "seed = 4" in (again.path / "config.toml").read_text()
 
 
+def test_one_whose_start_failed_on_a_full_disk_can_be_used_once_more(tmp_path, monkeypatch):
+    with monkeypatch.context() as full:
+        full.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(
+            RunDirectoryError, match=r"run: expected a directory that can be written to: \[Errno 28\] No space left"
+        ):
+            start(tmp_path)
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["attempt"]
+    assert start(tmp_path).attempt == 2
+
+
+def test_one_whose_start_was_killed_can_be_used_once_more(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "attempt").write_text("1\n")
+    (tmp_path / "run" / ".config.toml.tmp").write_text("seed = ")
+    assert start(tmp_path).attempt == 2
+    assert not list((tmp_path / "run").glob(".*"))
+
+
 def test_resume_counts_attempts_and_keeps_what_is_there(tmp_path):
     run = start(tmp_path, num_steps=5)
     (run.checkpoints / "file").touch()
