@@ -13,15 +13,13 @@ synchronous loop.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
-from math import inf
 from statistics import fmean
 from time import monotonic
 from typing import Any, Protocol
 
-from anyio import CancelScope, Semaphore, WouldBlock, create_memory_object_stream, create_task_group
+from anyio import CancelScope, Event, Semaphore, create_task_group
 from anyio.lowlevel import checkpoint
 
 from rlloop.environment import PromptTooLong
@@ -112,6 +110,8 @@ class Loop:
         self.version = first_step
         """Updates that the weights have seen."""
         self._scopes: defaultdict[int, set[CancelScope]] = defaultdict(set)
+        self._changed = Event()
+        """Set when a group has ended, whichever way; made anew before an update looks for its groups."""
         self._failed_in_a_row = 0
         self.num_in_flight = 0
         """Groups that are being sampled or scored."""
@@ -124,7 +124,6 @@ class Loop:
         """Return after the last update, or raise the first error of any stage."""
         self._slots = Semaphore(self._num_slots, fast_acquire=True)
         self._needed = Semaphore((self._num_steps - self.version) * self._groups_per_step, fast_acquire=True)
-        self._send, self._finished = create_memory_object_stream[Group | None](inf)
 
         async def admit() -> None:
             for number in count(1):
@@ -134,7 +133,7 @@ class Loop:
                 if number % _BEGIN_IN_A_PASS == 0:
                     await checkpoint()
 
-        async with self._send, self._finished, create_task_group() as tasks:
+        async with create_task_group() as tasks:
             tasks.start_soon(admit)
             while self.version < self._num_steps:
                 started = monotonic()
@@ -160,33 +159,15 @@ class Loop:
     async def _next_batch(self) -> list[Group]:
         """Wait for the groups of the next update; replace those that have become too old."""
         while True:
-            with suppress(WouldBlock):  # all that are there, for the oldest go first
-                while True:
-                    self._receive(self._finished.receive_nowait())
+            self._changed = Event()
             for group in self._backlog.take_stale(self.version):
                 self._drop(group.prompt.ordinal, "stale")
-                self._replace()
             if groups := self._backlog.take_batch(self.version):
                 return [replace(group, staleness=self.version - group.policy_version) for group in groups]
-            self._receive(await self._finished.receive())
-
-    def _receive(self, finished: Group | None) -> None:
-        if finished is not None:
-            self._backlog.finish(finished)
+            await self._changed.wait()
 
     async def _fill_slot(self) -> None:
         """Hold a slot with a group until it is trained; one that cannot be is counted and replaced."""
-        group = await self._sample_next()
-        if group is None:
-            self._replace()
-        else:
-            self._send.send_nowait(group)
-
-    def _replace(self) -> None:
-        self._slots.release()
-        self._needed.release()
-
-    async def _sample_next(self) -> Group | None:
         ordinal, index, seed = self._ledger.next()
         prompt = Prompt(ordinal, index, seed, self._stages.task(index))
         async with self._refit.lease(ordinal) as version:
@@ -212,13 +193,14 @@ class Loop:
         if reason in (None, "filtered"):
             self._failed_in_a_row = 0
         if reason is None:
-            return group
-        self._backlog.abandon(version)
-        self._send.send_nowait(None)  # an update may have waited for it
-        self._drop(ordinal, reason)
+            assert group is not None
+            self._backlog.finish(group)
+        else:
+            self._backlog.abandon(version)
+            self._drop(ordinal, reason)
+        self._changed.set()  # an update may have waited for it, also where it is dropped
         if reason in ("failed", "too_long"):
             self._stop_if_all_fail(group)
-        return None
 
     def _reason_to_drop(self, group: Group) -> DropReason | None:
         if len(group.rollouts) < self._min_group_size:
@@ -228,8 +210,11 @@ class Loop:
         return None
 
     def _drop(self, ordinal: int, reason: DropReason) -> None:
+        """Count it; another one gets its slot."""
         self._ledger.dropped(ordinal, reason)
         self.dropped[reason] += 1
+        self._slots.release()
+        self._needed.release()
 
     def _cancel_stale(self) -> None:
         """Groups that are too old before they are finished need not be finished."""
