@@ -38,35 +38,17 @@ class Events:
         return Span(self, name, resource, policy_version, fields)
 
     def record(
-        self, name: str, resource: str, start: float, end: float, *, policy_version: int | None = None, **fields: Any
-    ) -> None:
-        """A span that was timed elsewhere."""
-        self._record(name, resource, start, end, policy_version, fields, None)
-
-    def flush(self) -> None:
-        """Hand the buffered lines to the operating system, in one write."""
-        lines, self._lines = self._lines, []
-        if self._file and lines:
-            with self._isolated:
-                jsonl.append(self._file, b"".join(lines))
-
-    def close(self) -> None:
-        """Flush, and close the file."""
-        self.flush()
-        if self._file:
-            self._file.close()
-            self._file = None
-
-    def _record(
         self,
         name: str,
         resource: str,
         start: float,
         end: float,
-        policy_version: int | None,
-        fields: dict[str, Any],
-        error: BaseException | None,
+        *,
+        policy_version: int | None = None,
+        error: BaseException | None = None,
+        **fields: Any,
     ) -> None:
+        """A span that was timed elsewhere."""
         if self._file is None:
             return
         line: dict[str, Any] = {
@@ -82,6 +64,20 @@ class Events:
         self._lines.append(jsonl.encode(line))
         if len(self._lines) >= FLUSH_LINES:
             self.flush()
+
+    def flush(self) -> None:
+        """Hand the buffered lines to the operating system, in one write."""
+        lines, self._lines = self._lines, []
+        if self._file and lines:
+            with self._isolated:
+                jsonl.append(self._file, b"".join(lines))
+
+    def close(self) -> None:
+        """Flush, and close the file."""
+        self.flush()
+        if self._file:
+            self._file.close()
+            self._file = None
 
 
 class Span:
@@ -102,8 +98,8 @@ class Span:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        end = self._events.clock()
-        self._events._record(self._name, self._resource, self._start, end, self._policy_version, self._fields, error)
+        where = self._name, self._resource, self._start, self._events.clock()
+        self._events.record(*where, policy_version=self._policy_version, error=error, **self._fields)
 
 
 def chrome_trace(events: str | Path, out: str | Path) -> None:

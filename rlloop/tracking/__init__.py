@@ -47,40 +47,33 @@ class Trackers:
         self._sinks = [(sink, Isolated(name)) for name, sink in sinks.items()]
         self._show_status = show_status
 
-    @property
-    def failures(self) -> dict[str, int]:
-        """Calls that raised, by sink."""
-        return {isolated.name: isolated.failures for _, isolated in self._sinks}
-
     def status(self, text: str) -> None:
         """Tell the terminal what the run is doing while it has no step to show (`starting engine`)."""
         self._show_status(text)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """The metrics of one optimizer step, to every sink."""
-        for sink, isolated in self._sinks:
-            with isolated:
-                sink.log(step, metrics)
+        self._each(lambda sink: sink.log(step, metrics))
 
     def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """The completions of one step, to every sink."""
-        for sink, isolated in self._sinks:
-            with isolated:
-                sink.completions(step, rows)
+        self._each(lambda sink: sink.completions(step, rows))
 
     def evaluation(self, policy_version: int, metrics: Mapping[str, float]) -> None:
         """What one policy version did on held-out prompts, to every sink."""
-        for sink, isolated in self._sinks:
-            with isolated:
-                sink.evaluation(policy_version, metrics)
+        self._each(lambda sink: sink.evaluation(policy_version, metrics))
 
     def close(self) -> None:
         """Close every sink."""
-        for sink, isolated in self._sinks:
-            with isolated:
-                sink.close()
+        self._each(lambda sink: sink.close())
+        for _, isolated in self._sinks:
             if isolated.failures:
                 logger.warning("%s failed %d times", isolated.name, isolated.failures)
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for sink, isolated in self._sinks:
+            with isolated:
+                call(sink)
 
 
 def check_trackers(settings: TrainingSettings) -> None:
