@@ -36,7 +36,6 @@ from rlloop.cli import entry_point
 from rlloop.policy_settings import CriticSettings, PolicySettings
 from rlloop.run import open_run
 from rlloop.samples import (
-    critic_metrics,
     make_samples,
     minibatches,
     token_rewards,
@@ -119,8 +118,7 @@ async def update(trainer: Trainer, groups: list[Group], config: Config, state: d
     if config.takes_several_steps and config.proximal != "interpolated":
         samples = await with_old_logprobs(trainer, POLICY, samples)
     rewards = token_rewards(samples, kl_coef if config.kl_in == "reward" else 0.0)
-    found |= critic_metrics(samples, rewards, discount=config.discount)
-    samples = with_critics_credit(
+    samples, of_critic = with_critics_credit(
         samples,
         rewards,
         discount=config.discount,
@@ -128,6 +126,7 @@ async def update(trainer: Trainer, groups: list[Group], config: Config, state: d
         critic_trace_decay=config.critic.trace_decay,
         whiten=config.whiten,
     )
+    found |= of_critic
     policy_loss = bind_policy_loss(config, clipped, kl_coef if config.kl_in == "loss" else 0.0)
     critic_loss = partial(value_loss, clip=config.critic.clip)
     steps: list[Metrics] = [found]

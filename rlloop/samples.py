@@ -18,7 +18,7 @@ from rlloop.advantages import (
     whitened,
 )
 from rlloop.trainer import Trainer
-from rlloop.types import FloatArray, Group, Rollout, Sample
+from rlloop.types import FloatArray, Group, Metrics, Rollout, Sample
 
 Advantages: TypeAlias = Callable[[Sequence[float]], NDArray[np.float64]]
 """Rewards [G] of one prompt -> advantages [G]; see `rlloop.advantages`."""
@@ -164,37 +164,30 @@ def with_critics_credit(
     trace_decay: float,
     critic_trace_decay: float,
     whiten: bool = True,
-) -> list[Sample]:
-    """From `token_rewards` and `old_values`: advantages of each token, and the `returns` that the critic learns.
+) -> tuple[list[Sample], Metrics]:
+    """From `token_rewards` and `old_values`: advantages of each token, the `returns` that the critic learns, and how good its
+    values were.
 
     Between two turns no time passes. See `rlloop.advantages.generalised_advantages`; returns are advantages plus values, with a
     trace decay of their own (decoupled GAE, Yuan et al. 2025, "What's Behind PPO's Collapse in Long-CoT?", arXiv 2503.01491):
-    with 1 they are the rewards that came, and hold nothing of the critic's own later word. `whiten`: the advantages, over all
-    tokens.
+    with 1 they are the rewards that came, and hold nothing of the critic's own later word; against those its values are
+    measured. `whiten`: the advantages, over all tokens.
     """
     values = _old_values(samples)
-    found, ahead = (
-        generalised_advantages(rewards, values, discount=discount, trace_decay=decay)
-        for decay in (trace_decay, critic_trace_decay)
-    )
-    returns = [each + value for each, value in zip(ahead, values, strict=True)]
+    ahead = {
+        decay: generalised_advantages(rewards, values, discount=discount, trace_decay=decay)
+        for decay in {trace_decay, critic_trace_decay, 1.0}
+    }
+    found = ahead[trace_decay]
     if whiten:
         found = np.split(whitened(np.concatenate(found)), np.cumsum([len(each) for each in found])[:-1])
-    return [
-        replace(sample, advantages=_spread(advantages, sample), returns=_spread(returned, sample))
-        for sample, advantages, returned in zip(samples, found, returns, strict=True)
+    credited = [
+        replace(sample, advantages=_spread(advantages, sample), returns=_spread(learned + value, sample))
+        for sample, advantages, learned, value in zip(samples, found, ahead[critic_trace_decay], values, strict=True)
     ]
-
-
-def critic_metrics(
-    samples: Sequence[Sample], rewards: Sequence[NDArray[np.float64]], *, discount: float
-) -> dict[str, float]:
-    """How good `old_values` were: against the rewards that came, not returns, which are made of later values in part."""
-    values = _old_values(samples)
-    ahead = generalised_advantages(rewards, values, discount=discount, trace_decay=1.0)
     every = np.concatenate(values)
-    explained = explained_variance(every, np.concatenate(ahead) + every)
-    return {"value/mean": float(every.mean()), "value/explained_variance": explained}
+    explained = explained_variance(every, np.concatenate(ahead[1.0]) + every)
+    return credited, {"value/mean": float(every.mean()), "value/explained_variance": explained}
 
 
 def _old_values(samples: Sequence[Sample]) -> list[NDArray[np.float64]]:

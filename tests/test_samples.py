@@ -8,7 +8,6 @@ import pytest
 
 from rlloop.advantages import group_centred, raw_rewards, sequence_weights, token_weights
 from rlloop.samples import (
-    critic_metrics,
     make_samples,
     minibatches,
     token_rewards,
@@ -136,17 +135,17 @@ def test_critics_credit_by_hand() -> None:
     rewards = token_rewards(samples, kl_coef=0.1)
     np.testing.assert_allclose(np.concatenate(rewards), [0.95, -0.05, 0.45], atol=1e-6)
     decays = {"discount": 1.0, "trace_decay": 0.5}
-    found = with_critics_credit(samples, rewards, **decays, critic_trace_decay=0.5, whiten=False)
+    found, _ = with_critics_credit(samples, rewards, **decays, critic_trace_decay=0.5, whiten=False)
     # Each token's reward is lowered by 0.1 * (-2 + 2.5). Deltas: 0.95 - 0.25; 0.45 - 0.75, and -0.05 + 0.75.
     np.testing.assert_allclose(found[0].advantages, [0, 0, 0.7], atol=1e-6)
     np.testing.assert_allclose(found[1].advantages, [0, 0, 0.7 - 0.5 * 0.3, -0.3], atol=1e-6)
     np.testing.assert_allclose(found[0].returns, [0, 0, 0.95], atol=1e-6)
     np.testing.assert_allclose(found[1].returns, [0, 0, 0.55, 0.45], atol=1e-6)
-    decoupled = with_critics_credit(samples, rewards, **decays, critic_trace_decay=1.0, whiten=False)
+    decoupled, _ = with_critics_credit(samples, rewards, **decays, critic_trace_decay=1.0, whiten=False)
     np.testing.assert_allclose(decoupled[1].returns, [0, 0, -0.05 + 0.45, 0.45], atol=1e-6)
     for coupled, apart in zip(found, decoupled, strict=True):
         np.testing.assert_array_equal(coupled.advantages, apart.advantages)
-    whitened = with_critics_credit(samples, rewards, **decays, critic_trace_decay=0.5)
+    whitened, _ = with_critics_credit(samples, rewards, **decays, critic_trace_decay=0.5)
     credit = np.concatenate([sample.advantages[sample.loss_mask] for sample in whitened])
     assert (credit.mean(), credit.std()) == pytest.approx((0, 1), abs=1e-6)
     for plain, white in zip(found, whitened, strict=True):
@@ -176,7 +175,8 @@ def test_the_critic_is_compared_with_what_came() -> None:
     """Not with returns: those are nearer to any values that do not change along a rollout."""
     samples = make_samples([group(1, (rollout(2, 50), rollout(2, 50)), (1.0, 0.0))], raw_rewards, token_weights)
     samples = with_old_values(samples, [0.25] * 50, [0.75] * 50)
-    metrics = critic_metrics(samples, token_rewards(samples), discount=1.0)
+    decays = {"discount": 1.0, "trace_decay": 0.5, "critic_trace_decay": 0.5}
+    _, metrics = with_critics_credit(samples, token_rewards(samples), **decays)
     # Residuals 0.75 and -0.75 of a variance of 0.25.
     assert metrics == {"value/mean": 0.5, "value/explained_variance": pytest.approx(1 - 0.75**2 / 0.25)}
 
@@ -191,9 +191,8 @@ def test_credit_of_several_turns_counts_nothing_that_the_environment_said() -> N
     np.testing.assert_allclose(rewards[0], [-0.05, 0.95], atol=1e-6)
     # Deltas: -0.05 + 0.5 * 0.5 - 0.25 = -0.05, and 0.95 - 0.5 = 0.45.
     decays = {"discount": 0.5, "trace_decay": 0.5, "critic_trace_decay": 1.0}
-    [found] = with_critics_credit([sample], rewards, **decays, whiten=False)
+    [found], metrics = with_critics_credit([sample], rewards, **decays, whiten=False)
     np.testing.assert_allclose(found.advantages, [0, -0.05 + 0.25 * 0.45, 0, 0.45, 0], atol=1e-6)
     np.testing.assert_allclose(found.returns, [0, -0.05 + 0.5 * 0.95, 0, 0.95, 0], atol=1e-6)
-    metrics = critic_metrics([sample], rewards, discount=0.5)
     # Residuals 0.175 and 0.45, of what came: 0.425 and 0.95.
     assert metrics == {"value/mean": 0.375, "value/explained_variance": pytest.approx(1 - 0.1375**2 / 0.2625**2)}
