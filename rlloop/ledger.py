@@ -28,6 +28,13 @@ from rlloop.errors import RunDirectoryError
 DropReason = Literal["stale", "failed", "filtered", "too_long", "curriculum"]
 
 
+def derive_seed(*parts: int) -> int:
+    """A seed of 32 bits from numbers >= 0; the same on every machine, whatever else has been sampled."""
+    # A tenth of the time that np.random.SeedSequence takes: at 10^5 samples in flight that shows.
+    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
 class Ledger:
     """Hands out the run's prompts in order, and records what became of each.
 
@@ -70,8 +77,7 @@ class Ledger:
             ordinal = self._next
             self._next += 1
             self._in_flight.add(ordinal)
-            digest = hashlib.blake2b(f"{self.seed}:{ordinal}".encode(), digest_size=4).digest()
-            index, seed = self._index(ordinal), int.from_bytes(digest, "little") >> 1
+            index, seed = self._index(ordinal), derive_seed(self.seed, ordinal) >> 1
             if self._is_wanted(ordinal, index, seed):
                 return ordinal, index, seed
             self.dropped(ordinal, "curriculum")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -17,15 +16,9 @@ from rlloop.engine import Engine
 from rlloop.environment import Environment, PromptTooLong
 from rlloop.errors import BadEnvironmentError, RlloopError
 from rlloop.events import Events
+from rlloop.ledger import derive_seed
 from rlloop.rewards import Scorer, explain
 from rlloop.types import Completion, Failure, GenerationRequest, Group, InFlight, Prompt, Rollout
-
-
-def derive_seed(*parts: int) -> int:
-    """A seed of 32 bits from numbers >= 0; the same on every machine, whatever else has been sampled."""
-    # A tenth of the time that np.random.SeedSequence takes: at 10^5 samples in flight that shows.
-    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little")
 
 
 @dataclass(slots=True)

@@ -27,7 +27,7 @@ from rlloop.errors import BadEnvironmentError, CheckpointError, ConfigError, Ran
 from rlloop.evaluation import Evaluation
 from rlloop.events import Events
 from rlloop.failures import FailureLog
-from rlloop.ledger import Ledger, fingerprint
+from rlloop.ledger import Ledger, derive_seed, fingerprint
 from rlloop.loop import Loop, Step
 from rlloop.metrics import StepMetrics, completion_rows
 from rlloop.models import check_adapter, resolve_model
@@ -36,7 +36,7 @@ from rlloop.processes import guard
 from rlloop.refit.canary import open_canary
 from rlloop.refit.publisher import Refit
 from rlloop.rewards import Scorer
-from rlloop.rollouts import derive_seed, make_task, sample_group
+from rlloop.rollouts import make_task, sample_group
 from rlloop.run_directory import RunDirectory, open_run_directory
 from rlloop.signals import stop_on_signals
 from rlloop.staleness import Backlog
@@ -67,10 +67,6 @@ class Run:
     ledger: Ledger
     events: Events
     tracker: Trackers
-    first_step: int
-    totals: Metrics
-    """Of the run so far; see `StepMetrics.totals`."""
-    fingerprint: str
     adapters: tuple[str, ...]
     """All that are saved."""
     state: dict[str, float]
@@ -78,7 +74,8 @@ class Run:
 
     async def train(self, update: Update) -> None:
         """Run the loop to its last step. A checkpoint is written every so often, and at the end however it comes."""
-        settings = self.settings
+        settings, checkpoint = self.settings, self.directory.checkpoint
+        first_step = checkpoint.step if checkpoint else 0
         self._update = update
         self.loop = loop = Loop(
             self,
@@ -90,20 +87,20 @@ class Run:
             num_steps=settings.num_steps,
             min_group_size=settings.min_group_size,
             max_filtered=math.ceil(settings.dynamic_sampling * settings.groups_per_step),
-            first_step=self.first_step,
+            first_step=first_step,
         )
         self._metrics = StepMetrics(loop, self.ledger, self.engine)
-        self._metrics.totals.update(self.totals)
-        self._saved = self.first_step
+        self._metrics.totals.update(checkpoint.manifest["totals"] if checkpoint else {})
+        self._saved = first_step
         self._checkpoint_seconds = 0.0
         self._failures = FailureLog()
         self._evaluation = self._open_evaluation()
         self._canary = open_canary(settings, self.tokenizer, self.trainer, self.engine, self.refit, POLICY, self.events)
         async with create_task_group() as self._tasks:
             try:
-                await self.refit.publish(self.first_step)
+                await self.refit.publish(first_step)
                 self._canary.start(self._tasks)
-                await self._evaluate(self.first_step)
+                await self._evaluate(first_step)
                 await loop.run()
                 await self._canary.check()
                 await self._save()  # before the last evaluation, which may take its time
@@ -205,7 +202,6 @@ class Run:
             "policy_version": version,
             "attempt": self.directory.attempt,
             "config_sha256": self.directory.config_sha256,
-            "fingerprint": self.fingerprint,
             "totals": self._metrics.totals,
             "state": self.state,
         }
@@ -245,7 +241,7 @@ async def open_run(
         backend.check(settings)
     num_tasks = _count_tasks(settings, environment)
     async with AsyncExitStack() as stack:
-        directory, checkpoint, events, tracker = open_records(settings, stack)
+        directory, events, tracker = open_records(settings, stack)
         scorer = await stack.enter_async_context(
             Scorer(
                 settings.env,
@@ -255,7 +251,8 @@ async def open_run(
                 log_path=directory.path / "logs" / "rewards.log",
             )
         )
-        ledger, tasks_fingerprint = _open_ledger(settings, environment, num_tasks, checkpoint)
+        checkpoint = directory.checkpoint
+        ledger = _open_ledger(settings, environment, num_tasks, checkpoint)
 
         policy: tuple[LoraConfig, Head] = LoraConfig(**dict(settings.lora), seed=settings.seed), "policy"
         all_adapters = {POLICY: policy, **(adapters or {})}
@@ -291,17 +288,12 @@ async def open_run(
             ledger=ledger,
             events=events,
             tracker=tracker,
-            first_step=checkpoint.step if checkpoint else 0,
-            totals=checkpoint.manifest["totals"] if checkpoint else {},
-            fingerprint=tasks_fingerprint,
             adapters=tuple(all_adapters),
             state=checkpoint.manifest.get("state", {}) if checkpoint else {},
         )
 
 
-def open_records(
-    settings: TrainingSettings, stack: AsyncExitStack
-) -> tuple[RunDirectory, Checkpoint | None, Events, Trackers]:
+def open_records(settings: TrainingSettings, stack: AsyncExitStack) -> tuple[RunDirectory, Events, Trackers]:
     """What a run writes, and the checkpoint that it goes on from; `stack` closes them."""
     check_trackers(settings)
     directory = stack.enter_context(open_run_directory(settings))
@@ -314,7 +306,7 @@ def open_records(
         logger.warning("passed over a broken checkpoint: %s", what)
     tracker = open_trackers(settings, directory.path, directory.attempt)
     stack.callback(tracker.close)
-    return directory, checkpoint, events, tracker
+    return directory, events, tracker
 
 
 async def _leave(trainer: Trainer, refit: Refit, created: list[str]) -> None:
@@ -339,7 +331,7 @@ def _count_tasks(settings: RunSettings, environment: Environment) -> int:
 
 def _open_ledger(
     settings: RunSettings, environment: Environment, num_tasks: int, checkpoint: Checkpoint | None
-) -> tuple[Ledger, str]:
+) -> Ledger:
     tasks = [make_task(environment, index) for index in sorted({part * num_tasks // 64 for part in range(64)})]
     failures = [task for task in tasks if isinstance(task, Failure)]
     if len(failures) == len(tasks):
@@ -348,8 +340,8 @@ def _open_ledger(
     known = [None if isinstance(task, Failure) else task for task in tasks]
     identity = fingerprint(settings.env, settings.all_env_args, num_tasks, known)
     if checkpoint is None:
-        return Ledger(num_tasks, settings.seed, identity, settings.curriculum), identity
-    return Ledger.restore(checkpoint.ledger, num_tasks, settings.seed, identity, settings.curriculum), identity
+        return Ledger(num_tasks, settings.seed, identity, settings.curriculum)
+    return Ledger.restore(checkpoint.ledger, num_tasks, settings.seed, identity, settings.curriculum)
 
 
 def run(main: Callable[[SettingsT, str], Coroutine[Any, Any, None]], settings: SettingsT) -> None:

@@ -162,7 +162,8 @@ async def open_supervised_run(settings: SupervisedSettings, marker: str) -> Asyn
             f"got {settings.evaluation.num_rows}"
         )
     async with AsyncExitStack() as stack:
-        directory, checkpoint, events, tracker = open_records(settings, stack)
+        directory, events, tracker = open_records(settings, stack)
+        checkpoint = directory.checkpoint
         identity = (num_rows, settings.seed, examples.fingerprint)
         ledger = Ledger.restore(checkpoint.ledger, *identity) if checkpoint else Ledger(*identity)
         tracker.status(f"starting the trainer {placement}")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlloop.config import CurriculumSettings
 from rlloop.errors import RunDirectoryError
-from rlloop.ledger import Ledger, fingerprint
+from rlloop.ledger import Ledger, derive_seed, fingerprint
 
 
 def take(ledger: Ledger, number: int) -> list[int]:
@@ -32,6 +32,11 @@ def test_each_epoch_is_a_permutation_of_its_own():
     assert epochs[0] != epochs[1] != epochs[2] != list(range(50))
     assert len({seed for _, _, seed in prompts}) == 150
     assert all(0 <= seed < 2**31 for _, _, seed in prompts)
+
+
+def test_derived_seeds_never_change() -> None:
+    assert [derive_seed(0, 0), derive_seed(0, 1), derive_seed(77, 3)] == [1607770444, 656268352, 2430958935]
+    assert derive_seed(1, 2) != derive_seed(2, 1)
 
 
 def test_order_and_seeds_are_fixed_by_the_run_seed():

@@ -193,9 +193,6 @@ async def open_fake_run(config: RunSettings, scorer: Any = None, moment: Moment 
                 ledger=ledger,
                 events=events,
                 tracker=tracker,
-                first_step=checkpoint.step if checkpoint else 0,
-                totals=checkpoint.manifest["totals"] if checkpoint else {},
-                fingerprint="fingerprint",
                 adapters=tuple(adapters),
                 state=checkpoint.manifest["state"] if checkpoint else {},
             )
@@ -526,11 +523,11 @@ def test_a_failing_task_does_not_change_what_a_run_is_and_only_failing_ones_end_
             return index
 
     config, environment = make_settings(tmp_path / "run"), Corrupt()
-    _, identity = _open_ledger(config, environment, NUM_TASKS, None)
+    identity = _open_ledger(config, environment, NUM_TASKS, None).fingerprint
     environment.text = "row 3 is corrupt (0x7f01)"
-    assert _open_ledger(config, environment, NUM_TASKS, None)[1] == identity
+    assert _open_ledger(config, environment, NUM_TASKS, None).fingerprint == identity
     environment.last = 4
-    assert _open_ledger(config, environment, NUM_TASKS, None)[1] != identity
+    assert _open_ledger(config, environment, NUM_TASKS, None).fingerprint != identity
     environment.last = -1
     with pytest.raises(
         BadEnvironmentError, match="environment arithmetic cannot make a task: ValueError: row 3 is corrupt"
