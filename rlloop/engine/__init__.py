@@ -14,7 +14,7 @@ class Engine(Protocol):
         """Sample `request.n` completions. Cancelling the call ends the request.
 
         Raises EngineError when `request.policy_version` is not loaded, when the prompt and `max_tokens` do not fit, and
-        when the engine has died.
+        when the engine has died. Where a refused version left none, it raises what `publish` did.
         """
         ...
 

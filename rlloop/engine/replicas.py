@@ -35,6 +35,8 @@ class Replicas:
         self._replicas = [_Replica(engine) for engine in engines]
         self._homes: dict[int, dict[int, _Replica]] = {}
         """Per version that is served, the groups that have come, and where they went."""
+        self._refusal: Exception | None = None
+        """Why the version that was published last is not served; None where it is."""
 
     @property
     def engines(self) -> list[Engine]:
@@ -52,6 +54,10 @@ class Replicas:
         replica.num_in_flight += request.n
         try:
             return await replica.engine.generate(request)
+        except EngineError as error:
+            if self._refusal is not None:
+                raise self._refusal from error
+            raise
         finally:
             replica.num_in_flight -= request.n
 
@@ -64,14 +70,15 @@ class Replicas:
         with CancelScope(shield=True):
             reports, errors = await _each(self._replicas, lambda engine: engine.publish(version, ticket))
             if errors:
+                self._refusal = errors[0]  # requests to those that give it back and have no other would hide it
                 errors += (await _each(reports, lambda engine: engine.retire(version)))[1]
                 raise _first(errors)
-        self._homes[version] = {}
+        self._homes[version], self._refusal = {}, None
         return max(reports.values(), key=lambda report: report.publish_seconds)
 
     async def retire(self, version: int) -> None:
         """See `Engine.retire`."""
-        for replica in self._homes.pop(version).values():  # first: from here on `generate` refuses it
+        for replica in self._homes.pop(version, {}).values():  # first: from here on `generate` refuses it
             replica.num_groups -= 1
         _, errors = await _each(self._replicas, lambda engine: engine.retire(version))
         if errors:

@@ -57,7 +57,11 @@ class VllmEngine:
         """The version, and not in an adapter beside them."""
         self._serves_hops = serves_hops or self._is_in_weights
         self._flights = Flights()
+        self._workers = anyio.Lock()
+        """One call at a time: each watches for the engine's death, as one task can."""
         self._versions: dict[int, _Version] = {}
+        self._refusal: RefitError | None = None
+        """Of a version that may have left a mixture, for which none is served."""
         self._num_published = 0
         self._first_token_seconds: dict[int, float] = {}
         self._num_in_flight = 0
@@ -66,7 +70,6 @@ class VllmEngine:
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         """See `Engine.generate`."""
-        self._check(request)
         found, cut_off = await self._sample(request)
         parts = found
         while cut_off:
@@ -77,6 +80,7 @@ class VllmEngine:
 
     async def _sample(self, request: GenerationRequest) -> tuple[list[Completion], bool]:
         """What vLLM makes of one request, and whether a restart cut it off."""
+        self._check(request)
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -136,15 +140,16 @@ class VllmEngine:
         ranks = await self._call_workers("refit_load", version, sent, self._form, self._serves_hops, on_answer=serve)
         if problem := _first_problem(ranks, ticket):
             refusal = RefitError(f"the engine refused policy version {version}: {problem}")
+            was_there = version in self._versions
+            if any("swapped_at" in rank for rank in ranks):
+                # The weights, or those of requests that hop, may be a mixture. Requests that come now must not hide the reason.
+                self._versions.clear()
+                self._refusal = refusal
             try:
-                if version not in self._versions:  # some ranks may hold it
+                if not was_there:  # some ranks may hold it
                     await self._call_workers("refit_drop", version)
             except EngineError as error:
                 raise refusal from error
-            finally:
-                # The weights, or those of requests that hop, may be a mixture. Not sooner: who is refused then hides the reason.
-                if any("swapped_at" in rank for rank in ranks):
-                    self._versions.clear()
             raise refusal
         await self._restart_stale()
         return RefitReport(
@@ -161,6 +166,7 @@ class VllmEngine:
         """Requests get this version from here on, and those that are moved have it. Not a turn of the loop later than the workers
         say so: a request may end in that turn, and its last tokens are of this version."""
         self._num_published += 1
+        self._refusal = None
         if self._is_in_weights:
             self._versions.clear()
         self._versions[version] = _Version(f"policy-v{version}-{self._num_published}", time.monotonic())
@@ -204,6 +210,8 @@ class VllmEngine:
         return max(self._versions, default=-1)
 
     def _check(self, request: GenerationRequest) -> None:
+        if self._refusal is not None:
+            raise self._refusal
         pinned = request.in_flight == "finish"
         if not pinned and not self._versions:
             raise EngineError("no policy version is loaded")
@@ -245,7 +253,7 @@ class VllmEngine:
             raise EngineError(self._last_words)
 
         try:
-            async with anyio.create_task_group() as tasks:
+            async with self._workers, anyio.create_task_group() as tasks:
                 for sentinel in vllm_compat.sentinels(self._llm):
                     tasks.start_soon(watch, sentinel)
                 answers: list[Any] = await self._llm.collective_rpc(method, args=args)

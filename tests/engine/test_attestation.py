@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import pytest
 
+from rlloop.engine.replicas import Replicas
 from rlloop.engine.tally import Tally
 from rlloop.engine.vllm import VllmEngine
 from rlloop.errors import EngineError, RefitError
@@ -67,15 +68,16 @@ async def test_one_rank_is_enough_to_refuse_a_version(rank_1: dict[str, Any], me
 
 
 @pytest.mark.parametrize("dies", [False, True])
-async def test_no_request_is_refused_before_the_reason_is_raised(dies: bool) -> None:
-    """It would end the run in its place; so would an engine that dies of what made it refuse."""
+async def test_requests_are_refused_for_the_reason_for_which_the_version_is(dies: bool) -> None:
+    """Before it is raised: theirs would end the run in its place, as would an engine that dies of what made it refuse."""
     request = GenerationRequest((1,), 4, max_tokens=1, in_flight="hop")
 
     class Mixed(FakeLlm):
         async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
             answers = await super().collective_rpc(method, args)
-            if method == "refit_drop":
-                engine._check(request)
+            if (method, args[0]) == ("refit_drop", 5):
+                with pytest.raises(RefitError, match="rank 1 holds old"):
+                    engine._check(request)
                 if dies:
                     raise EngineError("the engine died")
             return answers
@@ -84,13 +86,50 @@ async def test_no_request_is_refused_before_the_reason_is_raised(dies: bool) -> 
     engine = VllmEngine(llm, Tally(), 100, Path("engine.log"), form="merged")
     swapped = {"swapped_at": 0.0, "num_sampled": {}}
     llm.ranks = [RIGHT | swapped] * 2
+    with pytest.raises(EngineError, match="no policy version is loaded"):
+        engine._check(request)
     await engine.publish(4, TICKET)
     llm.ranks = [RIGHT | swapped, RIGHT | swapped | {"digest": "old"}]
     with pytest.raises(RefitError, match="rank 1 holds old"):
         await engine.publish(5, TICKET)
     assert llm.calls[-1] == ("refit_drop", 5)
+    with pytest.raises(RefitError, match="rank 1 holds old"):
+        engine._check(request)
+    llm.ranks = [RIGHT | swapped] * 2
+    await engine.publish(6, TICKET)
+    await engine.retire(6)
     with pytest.raises(EngineError, match="no policy version is loaded"):
         engine._check(request)
+
+
+async def test_requests_to_replicas_are_refused_for_the_reason_for_which_the_version_is() -> None:
+    """The one that holds it in its weights gives it back before the other's refusal is raised."""
+    request = GenerationRequest((1,), 4, max_tokens=1, in_flight="hop")
+    swapped = {"swapped_at": 0.0, "num_sampled": {}}
+    found: list[str] = []
+
+    class Giving(FakeLlm):
+        async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+            answers = await super().collective_rpc(method, args)
+            if method == "refit_drop" and self.ranks[1]["digest"] == "new":
+                with pytest.raises(RefitError) as refused:
+                    await replicas.generate(request)
+                found.append(str(refused.value))
+            return answers
+
+    llms = [Giving(), Giving()]
+    for llm in llms:
+        llm.ranks = [RIGHT | swapped] * 2
+    replicas = Replicas([VllmEngine(llm, Tally(), 100, Path("engine.log"), form="merged") for llm in llms])
+    await replicas.publish(4, TICKET)
+    llms[1].ranks = [RIGHT | swapped, RIGHT | swapped | {"digest": "old"}]
+    with pytest.raises(RefitError, match="rank 1 holds old") as refused:
+        await replicas.publish(5, TICKET)
+    assert found == [str(refused.value)]
+    for llm in llms:
+        llm.ranks = [RIGHT | swapped] * 2
+    await replicas.publish(6, TICKET)
+    assert replicas._refusal is None
 
 
 async def test_a_version_that_is_refused_because_it_is_there_stays() -> None:
@@ -129,6 +168,17 @@ def test_slots_need_no_tensor_parallel_size_of_layers_without_adapters() -> None
     assert Slots(SimpleNamespace(modules=layers, packed_modules={})).are_sharded
 
 
+async def test_replicas_make_up_for_a_retire_that_was_cancelled() -> None:
+    llms = [FakeLlm(), FakeLlm()]
+    replicas = Replicas([VllmEngine(llm, Tally(), 100, Path("engine.log")) for llm in llms])
+    await replicas.publish(4, TICKET)
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await replicas.retire(4)
+    await replicas.retire(4)
+    assert all(("refit_drop", 4) in llm.calls for llm in llms)
+
+
 class TurnedLlm:
     """vLLM whose workers answer, and whose request ends, when told."""
 
@@ -143,6 +193,20 @@ class TurnedLlm:
 
     async def generate(self, prompt: Any, params: Any, request_id: str, lora_request: Any) -> AsyncIterator[Any]:
         yield await self.output
+
+
+async def test_two_calls_to_the_workers_take_turns() -> None:
+    """Both would watch for the death of the same process, which asyncio lets one task do."""
+    reading, writing = os.pipe()
+    llm = TurnedLlm(reading)
+    engine = VllmEngine(llm, Tally(), 100, Path("engine.log"))
+    async with anyio.create_task_group() as tasks:
+        for version in (1, 2):
+            tasks.start_soon(engine.retire, version)
+        await anyio.wait_all_tasks_blocked()
+        llm.answer.set_result([True])
+    os.close(reading)
+    os.close(writing)
 
 
 @pytest.mark.real
@@ -171,3 +235,30 @@ async def test_a_request_that_ends_in_the_turn_in_which_a_swap_is_told_has_lived
     os.close(reading)
     os.close(writing)
     assert found[0].versions.tolist() == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore")
+async def test_a_request_that_would_go_on_is_refused_for_the_reason_for_which_the_version_is() -> None:
+    reading, writing = os.pipe()
+    llm = TurnedLlm(reading)
+    engine = VllmEngine(llm, Tally(), 100, Path("engine.log"), form="merged")
+    swapped = {"swapped_at": 1.0, "num_sampled": {}}
+    llm.answer.set_result([RIGHT | swapped])
+    await engine.publish(0, TICKET)
+
+    async def ask() -> None:
+        with pytest.raises(RefitError, match="rank 0 holds old"):
+            await engine.generate(GenerationRequest((1,), 0, max_tokens=5, in_flight="restart"))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ask)
+        await anyio.wait_all_tasks_blocked()
+        llm.answer = asyncio.Future()
+        llm.answer.set_result([RIGHT | swapped | {"digest": "old"}])
+        with pytest.raises(RefitError, match="rank 0 holds old"):
+            await engine.publish(1, TICKET)
+        cut = SimpleNamespace(token_ids=[4], logprobs=SimpleNamespace(logprobs=[-1.0]), finish_reason="abort")
+        llm.output.set_result(SimpleNamespace(outputs=[cut], metrics=SimpleNamespace(first_token_ts=2.0)))
+    os.close(reading)
+    os.close(writing)
