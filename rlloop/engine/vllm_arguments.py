@@ -10,7 +10,7 @@ from typing import Any
 
 from rlloop.config import EngineSettings
 from rlloop.errors import ConfigError
-from rlloop.placement import divide, gpu_bytes, visible_gpus
+from rlloop.placement import MEMORY_SHARE, divide, gpu_bytes, visible_gpus
 from rlloop.types import LoraConfig
 
 _BLOCKS = "VLLM_TUNED_CONFIG_FOLDER"
@@ -34,7 +34,7 @@ def device_arguments(settings: EngineSettings, cores: frozenset[int] | None, kep
     Raises ConfigError when nothing is left.
     """
     if cores is None:
-        share = settings.gpu_memory_utilization or 0.9
+        share = settings.gpu_memory_utilization or MEMORY_SHARE
         memory: dict[str, float] = {"gpu_memory_utilization": share}
         if settings.kv_cache_gib is not None:
             # Then the share is not used, only held against what is free, of which others may have taken much.
