@@ -287,7 +287,9 @@ class PeftRank:
         return adapter
 
     def _without_adapter(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._peft is None else self._peft.disable_adapter()
+        if self._peft is None or not self._adapters:  # PEFT cannot leave out what is not there
+            return nullcontext()
+        return self._peft.disable_adapter()
 
     def _forward(self, microbatch: Microbatch, adapter: _Adapter | None) -> tuple[Tensor, Tensor | None]:
         """-> logprobs and entropy of its loss tokens, both [N]; or values, of a value adapter. It is the active one."""

@@ -370,8 +370,11 @@ def test_adapters_do_not_touch_each_other(models: dict[str, str], rank: PeftRank
     with pytest.raises(TrainerError, match="no adapter is named 'other'; there are: policy"):
         rank.forward_backward("other", samples, surrogate)
     rank.remove_adapter("policy")
-    rank.create_adapter("policy", LORA)
     fresh = make_rank(models["llama"])
+    np.testing.assert_array_equal(
+        np.concatenate(rank.logprobs(None, samples)), np.concatenate(fresh.logprobs(None, samples))
+    )
+    rank.create_adapter("policy", LORA)
     fresh.create_adapter("policy", LORA)
     assert_equal(weights(rank), weights(fresh))
 
