@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+EXPERTS = ("FusedMoE", "RoutedExperts")
+"""Names of the class that holds a layer's experts: in 0.26, in 0.32."""
+
 
 def rename_mapper(model: Any) -> Any:
     """vLLM's renames of Hugging Face names, without its stacking of q, k, v into one key.
@@ -38,6 +41,11 @@ def occupy_slot(manager: Any, slot: int, adapter_id: int) -> None:
     manager.pin_adapter(adapter_id)
 
 
+def num_shards(layer: Any) -> int:
+    """Of how many tensor-parallel ranks each has a part of this LoRA layer. An embedding's does not say in 0.26, and is whole."""
+    return int(getattr(layer, "tp_size", 1))
+
+
 def start_with_what_is_used() -> None:
     """To be called in a worker on a GPU before all else: it records fewer CUDA graphs and compiles fewer kernels than vLLM would.
 
@@ -50,7 +58,7 @@ def start_with_what_is_used() -> None:
 
     numbers_of_adapters = model_runner.get_lora_capture_cases
     model_runner.get_lora_capture_cases = lambda *of: [each for each in numbers_of_adapters(*of) if each] or [0]
-    # Of 1 a temperature is left out.
+    # At 1 vLLM leaves out the temperature's kernel, which the first request at another would then wait for.
     asked = partial(SamplingParams, temperature=0.9, seed=0, logprobs=0, flat_logprobs=True)
     SamplingParams.for_sampler_warmup = staticmethod(asked)
 

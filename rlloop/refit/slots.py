@@ -48,8 +48,7 @@ class Slots:
             for name, layer in manager.modules.items()
             for index, part in enumerate(manager.packed_modules.get(name, [name]))
         }
-        # An embedding's layer has no such attribute in vLLM 0.26.
-        self.are_sharded = any(getattr(layer, "tp_size", 1) > 1 for layer, _ in self._layers.values())
+        self.are_sharded = any(vllm_compat.num_shards(layer) > 1 for layer, _ in self._layers.values())
         """Each of several tensor-parallel ranks holds a part of every A or B."""
         self.manifest: Manifest = []
         """Of the adapters that have the present arrangement."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rlloop.engine import vllm_compat
 from rlloop.refit.stream import Named, WeightsReader
 
 
@@ -70,7 +71,7 @@ def load_in_place(model: Any, weights: Iterator[Named]) -> None:
 
 def check_plain(model: torch.nn.Module) -> None:
     """Raises ValueError for a model of whose weights vLLM computes others after loading, which would stay those of version 0."""
-    derived = {"MLAAttention", "FusedMoE", "RoutedExperts"}
+    derived = {"MLAAttention", *vllm_compat.EXPERTS}
     for name, module in model.named_modules():
         if found := derived.intersection(kind.__name__ for kind in type(module).__mro__):
             kind = found.pop()
