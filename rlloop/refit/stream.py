@@ -12,7 +12,6 @@ import os
 import socket
 import struct
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -73,11 +72,8 @@ class WeightsSender:
                 self._stop_listening()  # or those who ask later would wait
             for reader in readers:
                 reader.close()
-            try:
-                for bucket in self._buckets:
-                    bucket.shared.withdraw()
-            finally:
-                deque(weights, maxlen=0)  # other ranks of the trainer go on making their parts of them
+            for bucket in self._buckets:
+                bucket.shared.withdraw()
 
     def close(self) -> None:
         """Give socket and memory back."""

@@ -83,7 +83,7 @@ class WeightsWriter(Protocol):
         ...
 
     def send(self, weights: Iterator[tuple[str, torch.Tensor]], check_interrupt: Callable[[], None]) -> None:
-        """Hand all of them, by Hugging Face's names, to those who ask. Exhausts them whatever happens."""
+        """Hand all of them, by Hugging Face's names, to those who ask."""
         ...
 
     def close(self) -> None:

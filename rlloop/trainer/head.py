@@ -89,9 +89,8 @@ def _softmax_shard(
     *,
     group: ProcessGroup | None,
 ) -> Tensor:
-    """As `_softmax_rows`, in two passes over `logits` [N, V / ranks]; -> with
-    `needs_grad`, d logprob / d logits. `targets` count from this
-    rank's first column; those of other ranks are out of range."""
+    """As `_softmax_rows`, in two passes over `logits` [N, V / ranks]; -> with `needs_grad`, d logprob / d logits. `targets` count
+    from this rank's first column; those of other ranks are out of range."""
     log_sum, chosen = on_device(_log_sum_exp, logits)(logits, targets, 1 / temperature)
     if group is not None:
         largest = log_sum.clone()

@@ -183,7 +183,7 @@ class PeftRank:
                 tokens = TokenBatch(**columns.of(microbatch, self._device), entropy=entropy)
                 value, metrics = loss(outputs, tokens)
                 value.backward()
-                totals.add(value, outputs, tokens, microbatch, metrics)
+                totals.add(value, tokens, microbatch, metrics)
         summary = totals.summary()
         adapter.loss_was_finite &= summary.is_finite
         seconds = time.perf_counter() - started

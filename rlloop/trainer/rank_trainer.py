@@ -92,49 +92,42 @@ class RankTrainer(ABC):
         await self._ranks.close()
 
     async def create_adapter(self, name: str, lora: LoraConfig, head: Head = "policy") -> None:
-        """A new adapter (B = 0, so the model is the base) with an optimizer of its own."""
+        """See `Trainer.create_adapter`."""
         await self._ranks.call("create_adapter", name, lora, head)
 
     async def remove_adapter(self, name: str) -> None:
-        """Forget an adapter and its optimizer."""
+        """See `Trainer.remove_adapter`."""
         await self._ranks.call("remove_adapter", name)
 
     async def forward_backward(self, name: str, samples: Sequence[Sample], loss: Loss) -> Metrics:
-        """Add the gradient of the loss over the samples, in microbatches under the token budget, to the adapter's."""
+        """See `Trainer.forward_backward`."""
         with self._events.span("forward_backward", "trainer", num_samples=len(samples)):
             metrics: Metrics = await self._ranks.call("forward_backward", name, Flat(samples), loss)
         return metrics
 
     async def optim_step(self, name: str, adam: AdamConfig) -> OptimResult:
-        """Clip, step, zero the gradient; raises NonFiniteError after several non-finite ones in a row."""
+        """See `Trainer.optim_step`."""
         with self._events.span("optim_step", "trainer"):
             result: OptimResult = await self._ranks.call("optim_step", name, adam)
         return result
 
     async def logprobs(self, name: str | None, samples: Sequence[Sample]) -> list[FloatArray]:
-        """Per sample [T], 0 where `loss_mask` is false; `None` names the frozen base."""
-        with self._events.span("logprobs", "trainer", num_samples=len(samples)):
-            logprobs: list[FloatArray] = await self._ranks.call("logprobs", name, Flat(samples))
-        return logprobs
+        """See `Trainer.logprobs`."""
+        return await self._outputs("logprobs", name, samples)
 
     async def values(self, name: str, samples: Sequence[Sample]) -> list[FloatArray]:
-        """Per sample [T] of a value adapter, 0 where `loss_mask` is false."""
-        with self._events.span("values", "trainer", num_samples=len(samples)):
-            values: list[FloatArray] = await self._ranks.call("values", name, Flat(samples))
-        return values
+        """See `Trainer.values`."""
+        return await self._outputs("values", name, samples)
 
     async def export_adapter(self, name: str) -> AdapterTicket:
-        """Hand the adapter's present weights to the transport."""
+        """See `Trainer.export_adapter`."""
         with self._events.span("export_adapter", "trainer"):
             ticket: AdapterTicket = await self._ranks.call("export_adapter", name)
         return ticket
 
     @asynccontextmanager
     async def sending_weights(self, name: str) -> AsyncIterator[WeightsTicket]:
-        """While the block runs, the weights with the adapter merged into them are handed to engines; at its end all have them.
-
-        What the trainer raises goes before what the block raises, for that is a consequence, but where an engine has died.
-        """
+        """See `Trainer.sending_weights`."""
         assert self._sender is not None
         errors: list[Exception] = []
         has_begun = False
@@ -166,10 +159,15 @@ class RankTrainer(ABC):
             raise next((error for error in errors if isinstance(error, EngineError)), errors[0])
 
     async def save(self, name: str, folder: Path) -> None:
-        """Write `adapter/` and `state/` into the folder. A forward_backward that is running raises Interrupted."""
+        """See `Trainer.save`. A forward_backward that is running raises Interrupted."""
         self._ranks.interrupt()
         await self._ranks.call("save", name, folder)
 
     async def load(self, name: str, folder: Path) -> None:
-        """Restore what `save` wrote into an adapter that exists."""
+        """See `Trainer.load`."""
         await self._ranks.call("load", name, folder)
+
+    async def _outputs(self, method: str, name: str | None, samples: Sequence[Sample]) -> list[FloatArray]:
+        with self._events.span(method, "trainer", num_samples=len(samples)):
+            outputs: list[FloatArray] = await self._ranks.call(method, name, Flat(samples))
+        return outputs

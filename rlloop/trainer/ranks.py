@@ -299,8 +299,10 @@ def _run(pipe: Connection, spec: RankSpec, context: RankContext) -> None:
 
 
 def _answer(pipe: Connection, rank: int, function: Callable[..., Any], *args: Any) -> None:
+    """Of the others only that they are done, and their errors, for the value is rank 0's."""
     try:
-        reply = _Reply(value=function(*args))
+        value = function(*args)
+        reply = _Reply(value=value if rank == 0 else None)
     except RlloopError as error:
         reply = _Reply(error=error)
     except Exception:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,8 @@ from rlloop.errors import TrainerError
 from rlloop.trainer import TokenBatch
 from rlloop.types import Metrics, Sample
 
-_COLUMNS = (
-    "advantages",
-    "loss_weights",
-    "rollout_logprobs",
-    "old_logprobs",
-    "ref_logprobs",
-    "old_values",
-    "returns",
-    "staleness",
-)
+_COLUMNS = [each.name for each in fields(TokenBatch) if each.name not in ("sample_index", "entropy")]
+"""That samples have, too."""
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -74,19 +66,11 @@ class Totals:
         self._rows: list[Tensor] = []
         """Of each microbatch: its loss, the sum of each metric, the maximum of each."""
 
-    def add(
-        self,
-        loss: Tensor,
-        outputs: Tensor,
-        tokens: TokenBatch,
-        microbatch: Microbatch,
-        metrics: Mapping[str, Tensor],
-    ) -> None:
+    def add(self, loss: Tensor, tokens: TokenBatch, microbatch: Microbatch, metrics: Mapping[str, Tensor]) -> None:
         """One microbatch: its loss, and per-token metrics [N] beside those that every trainer reports of a policy."""
         values = dict(metrics)
         if tokens.entropy is not None:
-            difference = (outputs.detach() - tokens.rollout_logprobs).abs()
-            values = {"entropy": tokens.entropy, "sampler_logprob_diff": difference, **values}
+            values = {"entropy": tokens.entropy, **values}
         self._names = tuple(values)
         numbers = loss.detach().float().view(1)
         if values:

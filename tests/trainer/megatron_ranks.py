@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlloop.errors import RefitError
 from rlloop.trainer import TokenBatch
 from rlloop.trainer.ranks import RankContext, Ranks, RankSpec
 from rlloop.types import Sample
@@ -20,6 +21,17 @@ class Writer:
 
     def write(self, tensors: Mapping[str, Tensor], scale: float) -> Any:
         return {name: tensor.clone().cpu() for name, tensor in tensors.items()}
+
+    def close(self) -> None:
+        pass
+
+
+class HangingUp:
+    """An engine that wants no weights but the first."""
+
+    def send(self, weights: Iterator[tuple[str, Tensor]], check_interrupt: Callable[[], None]) -> None:
+        next(weights)
+        raise RefitError("the engine hung up")
 
     def close(self) -> None:
         pass
@@ -149,6 +161,11 @@ class ShowingRank:
             found.append(pairs)
         LoraLinear.is_training = False
         return found
+
+    def send_to_nobody(self, name: str) -> None:
+        """The engine hangs up at the first weight."""
+        self._rank._sender = HangingUp()
+        self._rank.send_weights(name)
 
     def merged(self, name: str) -> dict[str, Tensor]:
         return {key: tensor.cpu().clone() for key, tensor in self._rank.export_weights(name)}

@@ -45,7 +45,7 @@ from megatron_ranks import (
     with_megatrons_layer,
 )
 from rlloop.config import MegatronSettings, TrainerSettings
-from rlloop.errors import ConfigError, TrainerError
+from rlloop.errors import ConfigError, RefitError, TrainerError
 from rlloop.events import Events
 from rlloop.losses import value_loss
 from rlloop.tracking import jsonl
@@ -444,6 +444,8 @@ def test_imports_an_adapter_of_pefts_and_merges_it(
         await trainer.create_adapter("policy", replace(LORA, dora=dora))
         await trainer.load("policy", tmp_path)
         found.extend(await trainer.logprobs("policy", samples))
+        with pytest.raises(RefitError, match="the engine hung up"):
+            await trainer._ranks.call("send_to_nobody", "policy")  # and the other rank does not wait for this one
         merged.update(await trainer._ranks.call("merged", "policy"))
         await trainer.create_adapter("other", OTHER)
         with pytest.raises(TrainerError, match=r"does not fit adapter 'other'"):

@@ -33,6 +33,9 @@ class Rank:
         self.calls += 1
         return self.context.rank, self.calls, *args
 
+    def file_of_others(self):
+        return None if self.context.rank == 0 else sys.stdout
+
     def look(self):
         return (
             os.getpid(), os.environ.get("OMP_NUM_THREADS"), os.environ.get("OMP_WAIT_POLICY"), os.sched_getaffinity(0),
@@ -113,6 +116,7 @@ async def test_answers_and_arguments(module) -> None:
 async def test_rank_zero_answers_for_all(module) -> None:
     async with Ranks([RankSpec(module.Rank)] * 2) as ranks:
         assert await ranks.call("echo", "x") == (0, 1, "x")
+        assert await ranks.call("file_of_others") is None, "what others return need not be sent"
         assert len(multiprocessing.active_children()) == 2
     assert not multiprocessing.active_children()
 

@@ -71,7 +71,7 @@ class Model:
     @property
     def is_fast(self) -> bool:
         """Whether all layers are FastLayer."""
-        return all(isinstance(layer, FastLayer) for chunk in self.chunks for layer in _inner(chunk).decoder.layers)
+        return all(isinstance(layer, FastLayer) for chunk in self.chunks for layer in inner_model(chunk).decoder.layers)
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The base weights by Hugging Face names, whole on every rank, one at a time. Every rank must exhaust it."""
@@ -94,13 +94,13 @@ def build_model(
     _check(bridge, chunks, provider, groups)
     window = _sliding_window(bridge.hf_pretrained.config)
     for chunk in chunks:
-        rotate_by_token(_inner(chunk).rotary_pos_emb)
+        rotate_by_token(inner_model(chunk).rotary_pos_emb)
         chunk.train()
         for module in chunk.modules():
             if isinstance(module, PackedAttention):
                 module.window = window
     layers = tuple(_adaptable_layers(bridge, chunks, provider))
-    last = _inner(chunks[-1])
+    last = inner_model(chunks[-1])
     head = None
     if last.post_process:
         tied = last.share_embeddings_and_output_weights
@@ -171,7 +171,7 @@ def _pipeline_layout(config: Any, num_stages: int, virtual_stages: int) -> list[
 
 def _check(bridge: Any, chunks: list[Any], config: Any, groups: Groups) -> None:
     """Refuse what the model has and the layers here would pass over."""
-    inner = [_inner(chunk) for chunk in chunks]
+    inner = [inner_model(chunk) for chunk in chunks]
     head = getattr(inner[-1], "output_layer", None)
     unsupported = {
         f"a model class of its own ({type(inner[0]).__name__})": type(inner[0]) is not GPTModel,
@@ -204,8 +204,8 @@ def _check(bridge: Any, chunks: list[Any], config: Any, groups: Groups) -> None:
         raise TrainerError(f"the megatron trainer does not support {reasons[0]}; use --trainer.kind peft")
 
 
-def _inner(chunk: Any) -> Any:
-    """Megatron's model, without what is wrapped around it."""
+def inner_model(chunk: Any) -> Any:
+    """Megatron's model, without what is wrapped around it, and would turn its output into fp32."""
     return get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
 
 
@@ -266,7 +266,7 @@ class _Spec(LocalSpecProvider):
 def _num_weights(chunk: Any, config: Any) -> int:
     """What a token is multiplied with in a chunk's layers."""
     total = 0.0
-    for name, module in _inner(chunk).decoder.named_modules():
+    for name, module in inner_model(chunk).decoder.named_modules():
         if isinstance(module, LoraLinear):
             is_expert = ".experts." in name
             total += module.weight.numel() * (config.moe_router_topk / config.num_moe_experts if is_expert else 1)
@@ -333,7 +333,6 @@ def _not_fast(config: Any) -> str | None:
         "no rotary embeddings": getattr(config, "position_embedding_type", "rope") != "rope",
         "layers without rotary embeddings": bool(getattr(config, "no_rope_freq", None)),
         "an output gate in attention": getattr(config, "attention_output_gate", False),
-        "a multiplier of residuals": getattr(config, "use_mup", False),
         "a clamped activation": getattr(config, "activation_func_clamp_value", None) is not None,
         "residuals in fp32": config.fp32_residual_connection,
     }
@@ -344,8 +343,7 @@ def _adaptable_layers(bridge: Any, chunks: list[Any], config: Any) -> Iterator[A
     """This rank's linear layers in the model's order, with the Hugging Face layers that each one holds."""
     registry = bridge._model_bridge.mapping_registry()
     for chunk in chunks:
-        decoder = get_attr_wrapped_model(chunk, "decoder")
-        for layer in decoder.layers:
+        for layer in inner_model(chunk).decoder.layers:
             for name, module in layer.named_modules():
                 if isinstance(module, LoraLinear) and ".experts." not in name:  # transformers' have no linear layers
                     mapping = registry.megatron_to_hf_lookup(f"decoder.layers.{layer.layer_number - 1}.{name}.weight")

@@ -126,7 +126,7 @@ class MegatronRank:
         def on_outputs(outputs: Tensor, entropy: Tensor | None, work: Work) -> Tensor:
             tokens = TokenBatch(**work.columns, entropy=entropy)
             value, metrics = loss(outputs, tokens)
-            totals.add(value, outputs, tokens, work.microbatch, metrics)
+            totals.add(value, tokens, work.microbatch, metrics)
             return value
 
         with gradient_discarded_on_error(adapter.discard_gradient):
@@ -192,10 +192,11 @@ class MegatronRank:
         """To all who ask."""
         assert self._sender is not None
         weights = self.export_weights(name)
-        if self._groups.rank == 0:
-            self._sender.send(weights, self._context.check_interrupt)
-        else:
-            deque(weights, maxlen=0)
+        try:
+            if self._groups.rank == 0:
+                self._sender.send(weights, self._context.check_interrupt)
+        finally:
+            deque(weights, maxlen=0)  # every rank makes its part of each
 
     def save(self, name: str, folder: Path) -> None:
         """In PEFT's format, whole tensors (see `adapter_files`)."""

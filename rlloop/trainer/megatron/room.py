@@ -1,4 +1,4 @@
-"""Filling a microbatch up to a fixed size, as a CUDA graph wants it. Pure index arithmetic.
+"""Filling a microbatch up to a size, as CUDA graphs and sequence parallelism want it. Pure index arithmetic.
 
 Shapes: T tokens, S segments, U keys.
 """

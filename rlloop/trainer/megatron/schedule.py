@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,14 +19,14 @@ from rlloop.trainer.megatron.adapter import Adapter
 from rlloop.trainer.megatron.graph import Graphs
 from rlloop.trainer.megatron.layer import Row, run_body
 from rlloop.trainer.megatron.lora import LoraLinear
-from rlloop.trainer.megatron.model import Model
+from rlloop.trainer.megatron.model import Model, inner_model
 from rlloop.trainer.megatron.parallel import Groups
+from rlloop.trainer.megatron.room import fill, needed_room
 from rlloop.trainer.megatron.trace import Trace
 from rlloop.trainer.tokens import Columns, to_device
 
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip
-from megatron.core.utils import get_attr_wrapped_model  # isort: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Schedule:
         self._trace = trace
         self._graphs = None
         if graph_tokens is not None:
-            self._graphs = Graphs(_inner(model.chunks[0]), graph_tokens, groups.device)
+            self._graphs = Graphs(inner_model(model.chunks[0]), graph_tokens, groups.device)
 
     def run(
         self,
@@ -94,7 +94,7 @@ class Schedule:
         def forward_step(data: Iterator[tuple[int, Microbatch]], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             before_each()
             index, microbatch = next(data)
-            inner = _inner(chunk)
+            inner = inner_model(chunk)
             place = {"microbatch": index, "chunk": inner.vp_stage or 0}
             with self._trace.span("forward", **place):
                 hidden = self._body(microbatch, inner, adapter)
@@ -134,7 +134,7 @@ class Schedule:
             hidden = self._graphs.run(microbatch, adapter)
             if hidden is not None:
                 return hidden
-        padded = _pad(microbatch, self._padded(len(microbatch.tokens)))
+        padded = fill(microbatch, needed_room(microbatch, self._padded(len(microbatch.tokens))))
         device, dtype = self._groups.device, self._model.config.params_dtype
         is_flash = device.type == "cuda" and dtype != torch.float32
         layout = FlashLayout.of(padded, device) if is_flash else PackedLayout(padded, device=device, dtype=dtype)
@@ -172,23 +172,3 @@ class Schedule:
         """Under sequence parallelism each rank holds as many tokens."""
         multiple = self._groups.tp_size if self._model.config.sequence_parallel else 1
         return -(-num_tokens // multiple) * multiple
-
-
-def _inner(chunk: Any) -> Any:
-    """Without the wrapper that would turn its output into fp32."""
-    return get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
-
-
-def _pad(microbatch: Microbatch, num_tokens: int) -> Microbatch:
-    """The padding is a segment of its own, which nothing reads."""
-    missing = num_tokens - len(microbatch.tokens)
-    if not missing:
-        return microbatch
-    return replace(
-        microbatch,
-        tokens=np.pad(microbatch.tokens, (0, missing)),
-        positions=np.pad(microbatch.positions, (0, missing)),
-        segment_starts=np.append(microbatch.segment_starts, len(microbatch.tokens)),
-        segment_lengths=np.append(microbatch.segment_lengths, missing),
-        segment_prefixes=np.append(microbatch.segment_prefixes, -1),
-    )
