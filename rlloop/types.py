@@ -7,7 +7,7 @@ Shapes: T tokens of one sequence. Arrays are numpy, so that neither the event lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -180,15 +180,17 @@ Transport: TypeAlias = Literal["cuda_ipc", "memory", "broadcast", "disk"]
 """How an adapter gets to the engine; see `rlloop.refit.transports`."""
 
 
+Manifest: TypeAlias = Sequence[tuple[str, Sequence[int]]]
+"""Names and shapes of tensors that lie flat, in their order; of an adapter's, PEFT's names."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterTicket:
     """Everything about an exported LoRA adapter but its bytes, which lie flat, in the order of `manifest`, at `location`.
 
     B is scaled by alpha / rank already, so that an engine's slot holds exactly the bytes that were sent."""
 
-    manifest: tuple[tuple[str, tuple[int, int]], ...]
-    """PEFT's name and the shape of each tensor."""
-    rank: int
+    manifest: Manifest
     dtype: str
     digest: str
     transport: Transport

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
+
+from rlloop.types import Manifest
 
 PIECE = 1 << 15  # words; on a CPU their weights stay in cache
 ODD = -7046029254386353131  # 2**64 / golden ratio, as a signed word: spreads neighbouring places over all bits
 
 
-def digest(flat: torch.Tensor, manifest: Sequence[Any]) -> str:
+def digest(flat: torch.Tensor, manifest: Manifest) -> str:
     """Of a flat tensor and the names and shapes that it consists of.
 
     Names and shapes by sha256; the bits by a sum, modulo 2^64, of words times weights that depend on their place. The sum is
@@ -23,7 +23,7 @@ def digest(flat: torch.Tensor, manifest: Sequence[Any]) -> str:
     return spelled(checksum(flat), manifest)
 
 
-def spelled(total: torch.Tensor, manifest: Sequence[Any]) -> str:
+def spelled(total: torch.Tensor, manifest: Manifest) -> str:
     """The digest, from the checksum of the flat tensor."""
     names = _names(tuple((name, tuple(shape)) for name, shape in manifest))
     return f"{names}-{int(total) % 2**64:016x}"
@@ -53,7 +53,6 @@ def _piece_sums(words: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return torch.stack([piece.dot(weights[: len(piece)]) for piece in words.split(PIECE)])
     whole = len(words) // PIECE * PIECE
     rows, rest = words[:whole].view(-1, len(weights)), words[whole:]
-    sums = [
-        (some * weights).sum(1) for some in rows.split(64)
-    ]  # 16 MB each: the products of all would be as large as they
+    # By 16 MB: the products of all would be as large as they are.
+    sums = [(some * weights).sum(1) for some in rows.split(64)]
     return torch.cat([*sums, (rest * weights[: len(rest)]).sum(0, keepdim=True)] if len(rest) else sums)

@@ -16,8 +16,9 @@ import torch
 from rlloop.recorded import Recorded
 from rlloop.refit.arrivals import Arrivals
 from rlloop.refit.digest import digest
-from rlloop.refit.slots import Layers, Manifest, Place, Shares, find_places
+from rlloop.refit.slots import Layers, Place, Shares, find_places
 from rlloop.refit.transports import split
+from rlloop.types import Manifest
 
 
 class Merged:

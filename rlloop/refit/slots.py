@@ -17,9 +17,8 @@ from rlloop.engine import vllm_compat
 from rlloop.engine.flights import HOPPING_ID
 from rlloop.recorded import Recorded
 from rlloop.refit.transports import split
+from rlloop.types import Manifest
 
-Manifest = Sequence[tuple[str, Sequence[int]]]
-"""PEFT's name and the shape of each tensor, as an AdapterTicket has it."""
 Place = tuple[Any, int, bool]
 """vLLM's LoRA layer, index of its slice (q, k and v are slices of one layer), whether the tensor is A."""
 Layers = Mapping[str, tuple[Any, int]]

@@ -14,7 +14,7 @@ import mmap
 import os
 import pickle
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,13 @@ from rlloop.errors import RefitError
 from rlloop.recorded import Recorded
 from rlloop.refit.broadcast import Broadcast, Receiver
 from rlloop.refit.digest import checksum, spelled
-from rlloop.types import AdapterTicket, Transport
+from rlloop.types import AdapterTicket, Manifest, Transport
 
 FLAT = "adapter"  # the one tensor of a file
 SHARED_MEMORY = Path("/dev/shm")
 
 
-Manifest = tuple[tuple[str, tuple[int, int]], ...]
-
-
-def split(flat: torch.Tensor, manifest: Sequence[tuple[str, Sequence[int]]]) -> list[torch.Tensor]:
+def split(flat: torch.Tensor, manifest: Manifest) -> list[torch.Tensor]:
     """Views of the flat tensor, in the manifest's order."""
     sizes = [math.prod(shape) for _, shape in manifest]
     return [piece.view(*shape) for piece, (_, shape) in zip(flat.split(sizes), manifest, strict=True)]
@@ -349,7 +346,6 @@ def _ticket(
 ) -> AdapterTicket:
     return AdapterTicket(
         manifest=manifest,
-        rank=max(shape[0] for name, shape in manifest if ".lora_A." in name),
         dtype=str(flat.dtype).removeprefix("torch."),
         digest=found,
         transport=transport,

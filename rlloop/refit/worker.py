@@ -19,10 +19,10 @@ from rlloop.engine.flights import HOPPING_ID
 from rlloop.refit.arrivals import Arrivals
 from rlloop.refit.digest import checksum, digest, spelled
 from rlloop.refit.merged import Merged
-from rlloop.refit.slots import Manifest, Slot, Slots, first_difference
+from rlloop.refit.slots import Slot, Slots, first_difference
 from rlloop.refit.transports import split
 from rlloop.refit.whole import Whole
-from rlloop.types import RefitForm
+from rlloop.types import Manifest, RefitForm
 
 if torch.cuda.is_available():
     vllm_compat.start_with_what_is_used()  # here, for vLLM imports this into each worker before all else

@@ -62,7 +62,7 @@ class FakeTrainer:
 
     async def export_adapter(self, name: str) -> AdapterTicket:
         """See `Trainer.export_adapter`; a ticket for no bytes."""
-        return AdapterTicket((), 1, "float32", f"fake-{self.steps[name]}", "memory", "", 0, 0.0)
+        return AdapterTicket((), "float32", f"fake-{self.steps[name]}", "memory", "", 0, 0.0)
 
     @asynccontextmanager
     async def sending_weights(self, name: str) -> AsyncIterator[WeightsTicket]:

@@ -28,7 +28,7 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-TICKET = AdapterTicket((), 1, "float32", "new", "memory", "", num_bytes=7, export_seconds=0.0)
+TICKET = AdapterTicket((), "float32", "new", "memory", "", num_bytes=7, export_seconds=0.0)
 SECONDS = {"transfer_seconds": 0.0, "load_seconds": 0.0, "verify_seconds": 0.0}
 RIGHT = {"digest": "new", "different": None, **SECONDS}
 

@@ -19,7 +19,7 @@ from rlloop.types import AdapterTicket, Completion, EngineStatistics, Generation
 
 pytestmark = pytest.mark.anyio
 
-TICKET = AdapterTicket((), 1, "float32", "", "memory", "", num_bytes=7, export_seconds=0.5)
+TICKET = AdapterTicket((), "float32", "", "memory", "", num_bytes=7, export_seconds=0.5)
 
 
 class Engine(FakeEngine):

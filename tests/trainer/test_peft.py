@@ -58,7 +58,7 @@ async def test_learns_exports_and_resumes(
         trained = await trainer.logprobs("policy", samples)
         assert max(abs(a - b).max() for a, b in zip(trained, base, strict=True)) > 1e-3
         ticket = await trainer.export_adapter("policy")
-        assert (ticket.rank, ticket.transport) == (4, "disk")
+        assert ticket.transport == "disk"
         await trainer.save("policy", tmp_path / "step")
         await trainer.forward_backward("policy", samples, LOSS)
         await trainer.optim_step("policy", AdamConfig(lr=1e-2))
