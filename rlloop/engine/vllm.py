@@ -118,11 +118,11 @@ class VllmEngine:
                 final = output
         if final is None:
             raise EngineError("vLLM ended a request without an output")
-        self._note_first_token(version, final)
+        first_token_at = final.metrics.first_token_ts
+        self._note_first_token(version, first_token_at)
         cut_off = any(output.finish_reason == "abort" for output in final.outputs)
         if cut_off and request.in_flight != "restart":
             raise EngineError("vLLM aborted a request that nobody wanted to end")
-        first_token_at = final.metrics.first_token_ts
         return [_completion(output, flight, first_token_at) for output in final.outputs], cut_off
 
     async def publish(self, version: int, ticket: Ticket) -> RefitReport:
@@ -237,10 +237,9 @@ class VllmEngine:
                 f"({self._max_model_len})"
             )
 
-    def _note_first_token(self, version: int, output: Any) -> None:
-        first = getattr(output.metrics, "first_token_ts", 0.0)
-        if first and version in self._versions:
-            seconds = first - self._versions[version].published
+    def _note_first_token(self, version: int, at: float) -> None:
+        if at and version in self._versions:  # 0: it was aborted before
+            seconds = at - self._versions[version].published
             self._first_token_seconds[version] = min(seconds, self._first_token_seconds.get(version, seconds))
 
     async def _call_workers(
