@@ -86,15 +86,11 @@ def place(settings: RunSettings) -> Placement:
         placement = replace(placement, kv_cache_gib=_kv_cache_gib(settings, placement))
         check_memory(settings, placement)
         return placement
-    for flag, is_set in (
-        ("colocate", wanted.colocate),
-        ("engines-a-gpu", wanted.engines_a_gpu > 1),
-        ("engine-gpus", wanted.engine_gpus != "auto"),
-        ("trainer-gpus", wanted.trainer_gpus != "auto"),
-    ):
-        if is_set:
+    for name in ("colocate", "engines_a_gpu", "engine_gpus", "trainer_gpus"):
+        if getattr(wanted, name) != type(wanted).model_fields[name].default:
+            flag = f"--placement.{name.replace('_', '-')}"
             raise ConfigError(
-                f"--placement.{flag}: expected GPUs, found none; on a CPU set --engine.cpu-cores and --trainer.cpu-cores"
+                f"{flag}: expected GPUs, found none; on a CPU set --engine.cpu-cores and --trainer.cpu-cores"
             )
     tensor_parallel, _ = _smallest_fit(settings, dtype, [wanted.tensor_parallel or 1])
     cores = split_cores(settings, os.sched_getaffinity(0))
@@ -244,8 +240,12 @@ def check_transport(settings: RunSettings, placement: Placement) -> None:
 
 def check_memory(settings: RunSettings, placement: Placement) -> None:
     """Raises ConfigError where a GPU cannot hold what is sure to lie on it: weights, and KV caches of a fixed size. It says
-    nothing of activations. `--placement.tensor-parallel` asks for a try all the same."""
+    nothing of activations, and nothing at all without nvidia-smi. `--placement.tensor-parallel` asks for a try all the same."""
     if settings.placement.tensor_parallel:
+        return
+    try:
+        found = gpu_bytes()
+    except ConfigError:  # the run may need no such number, and CUDA says what it has no room for
         return
     kv_cache = settings.engine.kv_cache_gib or placement.kv_cache_gib or 0
     weights, megatron = weight_bytes(resolve_model(settings.model), placement.dtype), settings.trainer.megatron
@@ -254,7 +254,7 @@ def check_memory(settings: RunSettings, placement: Placement) -> None:
     for gpu in sorted({*placement.engine_gpus, *placement.trainer_gpus}):
         num_engines, has_trainer = placement.engine_gpus.count(gpu), gpu in placement.trainer_gpus
         needed = num_engines * (of_engine + (kv_cache << 30)) + has_trainer * of_trainer
-        if needed > (found := gpu_bytes()):
+        if needed > found:
             beside = f" and {kv_cache} GiB of KV cache" if kv_cache else ""
             parts = [f"{num_engines} x {of_engine / 1e9:.1f} GB of weights{beside} in engines"] if num_engines else []
             parts += [f"{of_trainer / 1e9:.1f} GB of weights in the trainer"] if has_trainer else []
@@ -370,8 +370,9 @@ def has_gpu() -> bool:
 
 @cache
 def gpu_bytes() -> int:
-    """Memory of this machine's smallest GPU. Raises ConfigError when nvidia-smi cannot say."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    """Memory of the smallest GPU that this process sees. Raises ConfigError when nvidia-smi cannot say."""
+    visible = f"--id={','.join(visible_gpus())}"
+    command = ["nvidia-smi", visible, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return min(int(line) << 20 for line in answer.splitlines())

@@ -112,8 +112,7 @@ class _Worker:
     async def start(cls, name: str, args: Mapping[str, Any], log_path: Path | None) -> _Worker:
         """A worker that has built the environment. Raises BadEnvironmentError."""
         theirs, ours = os.pipe()
-        # Unbuffered, for what it has printed must be there when it is killed.
-        command = [sys.executable, "-u", "-c", _WORKER, str(theirs), *sys.path]
+        command = [sys.executable, "-c", _WORKER, str(theirs), *sys.path]
         try:
             with log_path.open("ab") if log_path else nullcontext() as log:
                 # A session of its own: killed with all that a reward starts, and deaf to the terminal's Ctrl-C.
@@ -185,6 +184,8 @@ def serve(lifeline: int) -> None:
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
+    # Line by line: what was printed is there when the worker is killed, and lines of several workers stay whole.
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     name, args = pickle.loads(_receive(requests))
     try:
         environment = load_environment(name, args)

@@ -68,7 +68,7 @@ def make_task(environment: Environment, index: int) -> Any:
         return environment.task(index)
     except RlloopError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Failure("error", "task", explain(error))
 
 

@@ -110,7 +110,9 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
                 (path / folder).mkdir(exist_ok=True)
             opened.pop_all()
     except OSError as error:
-        raise RunDirectoryError(f"--run-dir {path}: expected a directory that can be written to: {error}") from error
+        raise RunDirectoryError(
+            f"--run-dir {path}: expected a directory that can be read and written: {error}"
+        ) from error
     return RunDirectory(path, attempt, hashlib.sha256(config).hexdigest(), checkpoint, lock)
 
 

@@ -335,6 +335,28 @@ def test_a_group_that_never_ends_is_given_up_when_it_is_too_old(backend: str, on
     assert (loop.dropped, ledger.counts["stale"], loop.num_in_flight) == ({"stale": 1}, 1, 0)
 
 
+def test_an_update_that_waited_for_a_group_begins_when_it_is_dropped() -> None:
+    """0 fails after 5 s. Until then 2 must wait, or 0 would be too old; what comes in its place takes 10 s."""
+    seconds, boom = [5.0, 1.0, 1.0, 10.0], Failure("error", "rollout", "boom")
+    began: list[float] = []
+
+    class Timed(FakeStages):
+        async def update(self, groups: list[Group]) -> Metrics:
+            began.append(anyio.current_time() - started)
+            return await super().update(groups)
+
+    stages = Timed(FakeTrainer(), random.Random(0), fail=lambda prompt: boom if prompt.ordinal == 0 else None)
+    stages.seconds = lambda prompt: seconds[min(prompt.ordinal, 3)]
+    clock = trio.testing.MockClock(autojump_threshold=0)
+    started = clock.current_time()
+    anyio.run(
+        lambda: run(stages, "wait", bound=1, per_step=1, num_steps=3),
+        backend="trio",
+        backend_options={"clock": clock},
+    )
+    assert began == pytest.approx([1.0, 5.0, 15.0], abs=0.1)
+
+
 def test_a_step_says_how_long_it_waited_and_how_long_the_update_took(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("rlloop.loop.monotonic", lambda: now[0])

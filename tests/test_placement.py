@@ -487,11 +487,12 @@ def test_visible_gpus(
     assert has_gpu() == bool(expected)
 
 
-def test_gpu_bytes_are_the_smallest_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gpu_bytes_are_those_of_the_smallest_visible_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     program = tmp_path / "nvidia-smi"
     program.touch(0o755)
-    program.write_text("#!/bin/sh\nprintf '81559\\n40960\\n'\n")
+    program.write_text("#!/bin/sh\n[ $1 = --id=5,GPU-ab ] && printf '81559\\n40960\\n'\n")
+    monkeypatch.setattr("rlloop.placement.visible_gpus", lambda: ["5", "GPU-ab"])
     gpu_bytes.cache_clear()
     assert gpu_bytes() == 40 << 30
     program.write_text("#!/bin/sh\nexit 9\n")
@@ -499,6 +500,7 @@ def test_gpu_bytes_are_the_smallest_gpus(monkeypatch: pytest.MonkeyPatch, tmp_pa
     gpu_bytes.cache_clear()
     with pytest.raises(ConfigError, match=r"expected nvidia-smi to say .*status 9.*--placement.tensor-parallel"):
         gpu_bytes()
+    assert place(RunSettings(model=model_folder(tmp_path, 170))).replicas == 1, "who needs no size is not refused"
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,9 @@ class Env:
             case "exit": sys.exit(3)
             case "read": return input()
             case "print": print("chatter"); return 0.25
+            case "print much":
+                for number in range(500): print("reward", os.getpid(), number)
+                return 0.25
             case "crash": os.kill(os.getpid(), 11)
             case "regex": return re.match("(a+)+$", "a" * 60 + "b")
             case "power": return 9**9**9**9
@@ -98,6 +101,22 @@ async def test_what_rewards_print_is_in_the_log(
             assert await rewards.score({}, rollout(text)) == 0.25
     assert (tmp_path / "rewards.log").read_text() == "chatter\nchatter\n"
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.anyio
+async def test_lines_of_several_workers_stay_whole(
+    anyio_backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")  # as in many containers
+    async with (
+        scorer(log_path=tmp_path / "rewards.log", num_workers=2) as rewards,
+        anyio.create_task_group() as tasks,
+    ):
+        for _ in range(2):
+            tasks.start_soon(rewards.score, {}, rollout("print much"))
+    lines = [line.split() for line in (tmp_path / "rewards.log").read_text().splitlines()]
+    assert len(lines) == 1000
+    assert len({process for _, process, _ in lines}) == 2
 
 
 @pytest.mark.anyio

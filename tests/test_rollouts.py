@@ -229,10 +229,11 @@ def test_a_group_is_cancelled_by_asyncio_alone() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_task_that_cannot_be_made_is_a_failure_of_all_its_rollouts() -> None:
+@pytest.mark.parametrize("kind", [ValueError, SystemExit])
+async def test_a_task_that_cannot_be_made_is_a_failure_of_all_its_rollouts(kind: type[BaseException]) -> None:
     class Corrupt(Environment):
         def task(self, index: int) -> Any:
-            raise ValueError(f"row {index} is corrupt")
+            raise kind(f"row {index} is corrupt")
 
     task = make_task(Corrupt(), 55)
     group = await sample(Corrupt(), prompt=replace(PROMPT, task=task))
@@ -240,7 +241,7 @@ async def test_a_task_that_cannot_be_made_is_a_failure_of_all_its_rollouts() -> 
     [failure] = {*group.failures}
     assert len(group.failures) == 4
     assert (failure.kind, failure.stage) == ("error", "task")
-    assert failure.message.startswith("ValueError: row 55 is corrupt (test_rollouts.py:")
+    assert failure.message.startswith(f"{kind.__name__}: row 55 is corrupt (test_rollouts.py:")
 
 
 @pytest.mark.anyio

@@ -58,7 +58,8 @@ def test_one_whose_start_failed_on_a_full_disk_can_be_used_once_more(tmp_path, m
     with monkeypatch.context() as full:
         full.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(
-            RunDirectoryError, match=r"run: expected a directory that can be written to: \[Errno 28\] No space left"
+            RunDirectoryError,
+            match=r"run: expected a directory that can be read and written: \[Errno 28\] No space left",
         ):
             start(tmp_path)
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["attempt"]
@@ -190,7 +191,7 @@ def test_a_pattern_of_what_lies_in_the_run_directory_is_not_deleted(tmp_path, pa
 
 def test_where_no_directory_can_be_is_said(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RunDirectoryError, match=r"--run-dir .*run: expected a directory that can be written to"):
+    with pytest.raises(RunDirectoryError, match=r"--run-dir .*run: expected a directory that can be read and written"):
         start(tmp_path / "file")
 
 

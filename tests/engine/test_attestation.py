@@ -19,7 +19,7 @@ from rlloop.errors import EngineError, RefitError
 from rlloop.refit.slots import Slots
 from rlloop.types import AdapterTicket, Completion, GenerationRequest
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore")]  # of vLLM
 
 
 @pytest.fixture
@@ -210,7 +210,6 @@ async def test_two_calls_to_the_workers_take_turns() -> None:
 
 
 @pytest.mark.real
-@pytest.mark.filterwarnings("ignore")
 async def test_a_request_that_ends_in_the_turn_in_which_a_swap_is_told_has_lived_through_it() -> None:
     reading, writing = os.pipe()
     llm = TurnedLlm(reading)
@@ -238,7 +237,6 @@ async def test_a_request_that_ends_in_the_turn_in_which_a_swap_is_told_has_lived
 
 
 @pytest.mark.real
-@pytest.mark.filterwarnings("ignore")
 async def test_a_request_that_would_go_on_is_refused_for_the_reason_for_which_the_version_is() -> None:
     reading, writing = os.pipe()
     llm = TurnedLlm(reading)

@@ -205,7 +205,7 @@ def _check(bridge: Any, chunks: list[Any], config: Any, groups: Groups) -> None:
 
 
 def inner_model(chunk: Any) -> Any:
-    """Megatron's model, without what is wrapped around it, and would turn its output into fp32."""
+    """Megatron's model without its wrappers, one of which would turn its output into fp32."""
     return get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
 
 
