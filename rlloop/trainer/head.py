@@ -171,7 +171,12 @@ def head_weight(model: nn.Module) -> Tensor:
         raise TrainerError(f"{name}: expected a linear head without a bias, got {head}")
     tokens = torch.arange(8, device=head.weight.device)[None] % len(head.weight)
     logits = model(input_ids=tokens, use_cache=False).logits
-    product = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state @ head.weight.t()
+    hidden = getattr(model.get_decoder()(input_ids=tokens, use_cache=False), "last_hidden_state", None)
+    if hidden is None:
+        raise TrainerError(
+            f"{name}: expected a decoder that returns hidden states, as transformers' do, got another one"
+        )
+    product = hidden @ head.weight.t()
     if not torch.allclose(logits, product, rtol=1e-2, atol=float(product.abs().max()) * 1e-3):
         raise TrainerError(
             f"{name}: its logits are not hidden states times the head's matrix (softcapping or a scale?), "

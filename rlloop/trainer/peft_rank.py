@@ -98,7 +98,11 @@ class PeftRank:
         self._active: str | None = None
         linear = {path: module for path, module in self._decoder.named_modules() if isinstance(module, nn.Linear)}
         self._linear_names = {path.rpartition(".")[2] for path in linear}
+        # Experts are stacked, [number, out, in]; a token goes through some of them.
+        stacked = [each for each in self._decoder.parameters() if each.ndim == 3]
+        of_token = getattr(base.config, "num_experts_per_tok", 1)
         self._num_body = sum(module.weight.numel() for module in linear.values())
+        self._num_body += sum(of_token * each[0].numel() for each in stacked)
         self._peak_flops = measure_peak(self._device, self._dtype)
         self._check_rows()
 

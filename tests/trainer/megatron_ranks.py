@@ -83,6 +83,10 @@ class SuccessiveRank:
     def close(self) -> None:
         pass
 
+    def num_body(self) -> int | None:
+        """Weights that a token is multiplied with in the layers."""
+        return None if self._rank is None else self._rank._num_body
+
     def __getattr__(self, name: str) -> Any:
         return (lambda *args: None) if self._rank is None else getattr(self._rank, name)
 

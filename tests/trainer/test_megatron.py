@@ -27,6 +27,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -660,6 +664,42 @@ def test_refuses_what_it_would_compute_wrongly(
 
     with pytest.raises(TrainerError, match=message):
         run(trainer, train)
+
+
+def test_of_experts_those_are_counted_that_a_token_goes_through(run: RunTrainer, folders: dict[str, Path]) -> None:
+    saved = load_file(folders["experts"] / "model.safetensors")
+    layers = {name: each.numel() for name, each in saved.items() if each.ndim == 2 and ".layers." in name}
+    experts = sum(number for name, number in layers.items() if ".experts." in name)
+    attention = sum(number for name, number in layers.items() if ".self_attn." in name)
+    assert experts
+    found: list[int] = []
+
+    async def count(trainer: RankTrainer) -> None:
+        found.append(await trainer._ranks.call("num_body"))
+
+    for layout in (LAYOUTS["1x1"], None):
+        trainer = make_trainer(folders["experts"], layout)
+        run(trainer, partial(count, trainer))
+    assert found == [attention + experts // 2] * 2
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (LlamaForCausalLM, LlamaConfig(**SHAPE, mlp_bias=True)),
+        (Olmo2ForCausalLM, Olmo2Config(**SHAPE)),
+    ],
+)
+def test_what_megatron_bridge_cannot_load_is_for_the_other_trainer(
+    run: RunTrainer, tmp_path: Path, model_class: Any, config: Any
+) -> None:
+    model_class(config).save_pretrained(tmp_path)
+
+    async def nothing() -> None:
+        pass
+
+    with pytest.raises(TrainerError, match=r"Megatron-Bridge could not load the model \(.*use --trainer.kind peft"):
+        run(make_trainer(tmp_path, LAYOUTS["1x1"]), nothing)
 
 
 def test_saved_state_is_in_pefts_names(lives: Lives) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # iso
 from megatron.core.models.backends import LocalSpecProvider  # isort: skip
 from megatron.core.models.gpt.gpt_model import GPTModel  # isort: skip
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend  # isort: skip
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear  # isort: skip
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear  # isort: skip
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # isort: skip
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType  # isort: skip
 from megatron.core.transformer.identity_op import IdentityOp  # isort: skip
@@ -85,12 +86,23 @@ def build_model(
 
     Raises TrainerError for a model that this trainer would compute wrongly.
     """
-    bridge = AutoBridge.from_hf_pretrained(source)
-    provider = bridge.to_megatron_provider(load_weights=True)
-    overrides = _overrides(provider, settings, groups, dtype, recompute=recompute)
-    provider.apply_overrides_and_finalize(dtype=dtype, overrides=overrides)
-    provider.register_pre_wrap_hook(_freeze)
-    chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=groups.device.type == "cpu")
+    try:
+        bridge = AutoBridge.from_hf_pretrained(source)
+        provider = bridge.to_megatron_provider(load_weights=True)
+        overrides = _overrides(provider, settings, groups, dtype, recompute=recompute)
+        provider.apply_overrides_and_finalize(dtype=dtype, overrides=overrides)
+        provider.register_pre_wrap_hook(_freeze)
+        on_cpu = groups.device.type == "cpu"
+        chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=on_cpu)
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+    ) as error:  # what Megatron-Bridge has no place for, it says in many ways
+        raise TrainerError(
+            f"Megatron-Bridge could not load the model ({type(error).__name__}: {shorten(str(error), 200)}); where it does "
+            "not know its kind, use --trainer.kind peft"
+        ) from error
     _check(bridge, chunks, provider, groups)
     window = _sliding_window(bridge.hf_pretrained.config)
     for chunk in chunks:
@@ -216,6 +228,8 @@ def _same_rotation(hf_config: Any, model: Any) -> bool:
     if not hasattr(decoder, "rotary_emb") or not hasattr(getattr(model, "rotary_pos_emb", None), "inv_freq"):
         return False
     expected = type(decoder.rotary_emb)(hf_config)
+    if not hasattr(expected, "inv_freq"):  # of several kinds of layers
+        return False
     frequencies = model.rotary_pos_emb.inv_freq.cpu() / (model.rotary_pos_emb.seq_len_interpolation_factor or 1)
     return bool(
         frequencies.shape == expected.inv_freq.shape
@@ -267,7 +281,7 @@ def _num_weights(chunk: Any, config: Any) -> int:
     """What a token is multiplied with in a chunk's layers."""
     total = 0.0
     for name, module in inner_model(chunk).decoder.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             is_expert = ".experts." in name
             total += module.weight.numel() * (config.moe_router_topk / config.num_moe_experts if is_expert else 1)
     return int(total)
@@ -345,7 +359,7 @@ def _adaptable_layers(bridge: Any, chunks: list[Any], config: Any) -> Iterator[A
     for chunk in chunks:
         for layer in inner_model(chunk).decoder.layers:
             for name, module in layer.named_modules():
-                if isinstance(module, LoraLinear) and ".experts." not in name:  # transformers' have no linear layers
+                if isinstance(module, LoraLinear):  # experts are not, for transformers' have no linear layers
                     mapping = registry.megatron_to_hf_lookup(f"decoder.layers.{layer.layer_number - 1}.{name}.weight")
                     yield AdaptableLayer(module, _projections(mapping, module, config))
 
