@@ -60,11 +60,18 @@ class Dataset(MessageEnvironment):
         kind = FORMATS.get(Path(files[0]).suffix) if files else None
         if kind is None and not isinstance(path, str):
             raise ValueError(f"expected a list of {', '.join(FORMATS)} files, got {path}")
-        self._rows: Rows = (
-            load_dataset(kind, data_files=path, split=split) if kind else load_dataset(path, name, split=split)
-        )
+        try:
+            self._rows: Rows = (
+                load_dataset(kind, data_files=path, split=split) if kind else load_dataset(path, name, split=split)
+            )
+        except StopIteration as error:
+            raise ValueError(f"{path}: expected rows, got an empty file") from error
         if "prompt" not in self._rows.column_names:
             raise ValueError(f"{path}: expected a column prompt, got {', '.join(self._rows.column_names)}")
+        if len(self._rows) and not isinstance(first := self._rows[0]["prompt"], (str, list)):
+            raise ValueError(f"{path}: expected prompts of text or of messages, got {first!r}")
+        if "tools" in self._rows.column_names and any(self._rows["tools"]):
+            raise ValueError(f"{path}: expected no tools, which prompts are not rendered with; remove the column")
         if taken := [name for name in self._rows.column_names if name in _RESERVED]:
             raise ValueError(
                 f"{path}: expected no column {taken[0]}, which reward functions get of each answer; rename it"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from typing import Any
 
 from rlloop.environment import MessageEnvironment
@@ -25,6 +26,8 @@ except ModuleNotFoundError as error:
 # Some scorers (boxnet, coin_flip, game_of_life, prime_factorization) raise on an answer that they cannot read. It is
 # wrong: as a failure it would be dropped, and the policy would never learn that.
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_BY_HASH = ("isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder")
+"""Datasets whose generators go through sets of strings, which Python orders otherwise in each process."""
 
 
 class ReasoningGym(MessageEnvironment):
@@ -38,6 +41,10 @@ class ReasoningGym(MessageEnvironment):
         known = [setting.name for setting in dataclasses.fields(DATASETS[dataset][1])]
         if unknown := sorted(set(params) - set(known)):
             raise ValueError(f"dataset {dataset} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+        if dataset in _BY_HASH and os.environ.get("PYTHONHASHSEED", "random") == "random":
+            raise ValueError(
+                f"dataset {dataset} makes other tasks in each process, so that no run could be resumed; set PYTHONHASHSEED=0"
+            )
         self._dataset = create_dataset(dataset, size=size, seed=seed, **params)
 
     def __len__(self) -> int:

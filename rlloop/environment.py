@@ -218,8 +218,8 @@ def reply_tokens(tokenizer: Any, messages: Sequence[Message], reply: Sequence[Me
     """What stands between an answer to `messages`, sampled up to `last_token`, and the answer to `reply`.
 
     The template is rendered around a stand-in for the answer, and only what follows that is tokenised. It begins with
-    the end of the answer's turn, which is dropped where the policy has sampled it. Raises BadEnvironmentError when the
-    template does not repeat answers as they are.
+    the end of the answer's turn, which is dropped where the policy has sampled it, with what white space is before it. Raises
+    BadEnvironmentError when the template does not repeat answers as they are.
     """
     chat = [*messages, {"role": "assistant", "content": _ANSWER}, *reply]
     text: str = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -227,7 +227,12 @@ def reply_tokens(tokenizer: Any, messages: Sequence[Message], reply: Sequence[Me
         raise BadEnvironmentError("the chat template does not repeat answers as they are, so there is no second turn")
     after = text.partition(_ANSWER)[2]
     tokens: list[int] = tokenizer.encode(after, add_special_tokens=False)
-    return tokens[1:] if tokens[0] == last_token else tokens
+    for number, token in enumerate(tokens, start=1):
+        if token == last_token:
+            return tokens[number:]
+        if tokenizer.decode([token]).strip():
+            break
+    return tokens
 
 
 def load_environment(name: str, args: Mapping[str, Any]) -> Environment:

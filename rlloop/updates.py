@@ -172,7 +172,7 @@ def merged(steps: Sequence[Metrics]) -> Metrics:
         if name in _SUMMED or name.startswith("time/"):
             found[name] = sum(values)
         elif name.endswith("_max"):
-            found[name] = max(values)
+            found[name] = float(np.max(values))  # which keeps a NaN
         else:
             weight = _WEIGHED_BY.get(name, _WEIGHED_BY.get(name.partition("/")[0], ""))
             found[name] = float(np.average(values, weights=[step.get(weight, 1.0) for step in having]))

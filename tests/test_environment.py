@@ -187,6 +187,17 @@ def test_a_turn_that_a_stop_string_ended_is_closed_for_the_policy(tokenizer: Any
     assert told == "<|end|>\n<|start|>user\nhigher<|end|>\n<|start|>assistant\n"
 
 
+@pytest.mark.parametrize("space", [" ", "\n", " \n"])
+def test_a_turn_whose_end_has_white_space_before_it_ends_once(tokenizer: Any, space: str) -> None:
+    spaced = TEMPLATE.replace("}}<|end|>", "}}" + space + "<|end|>")
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|end|>", chat_template=spaced
+    )
+    reply = [{"role": "user", "content": "higher"}]
+    told = own.decode(reply_tokens(own, [{"role": "user", "content": "Guess!"}], reply, own.eos_token_id))
+    assert told == f"\n<|start|>user\nhigher{space}<|end|>\n<|start|>assistant\n"
+
+
 def test_a_template_that_rewrites_answers_is_refused(tokenizer: Any) -> None:
     upper = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     template = TEMPLATE.replace("m['content']", "m['content'] | upper")

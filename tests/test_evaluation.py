@@ -32,6 +32,13 @@ def test_answers_to_one_prompt_are_no_independent_draws() -> None:
     assert (found["eval/prompts"], found["eval/failures"], found["eval/mean_length"]) == (4, 1, 2)
 
 
+def test_the_error_is_that_of_the_mean_where_prompts_have_lost_answers() -> None:
+    found = _summarise([group(0, 1.0, 1.0, 1.0, 1.0), group(1, 0.0)])
+    assert found["eval/reward_mean"] == pytest.approx(0.8)
+    # Off by 4 x 0.2 and by 0.8, of 5: sqrt(2 / 1 x 2 x 0.64) / 5.
+    assert found["eval/reward_stderr"] == pytest.approx(0.32)
+
+
 class FakeRefit:
     @asynccontextmanager
     async def pin(self) -> AsyncIterator[int]:

@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import anyio
@@ -7,6 +8,7 @@ import pytest
 from rlloop.errors import TornUpdate, TrainerError
 from rlloop.losses import clipped
 from rlloop.policy_settings import PolicySettings
+from rlloop.trainer.tokens import Summary
 from rlloop.types import AdamConfig, Metrics, OptimResult, Sample
 from rlloop.updates import (
     PER_TOKEN,
@@ -128,6 +130,14 @@ def test_merged_steps() -> None:
     expected = {"loss/policy": 1.5, "optim/skipped_steps": 2.0, "time/optimizer": 0.75, "policy/sampler_kl_max": 0.5}
     assert merged(steps) == expected
     assert merged([{"value/mean": 3.0}, *steps]) == {"value/mean": 3.0, **expected}
+
+
+def test_a_greatest_value_that_is_no_number_is_kept() -> None:
+    kinds: list[Metrics] = [{"policy/sampler_kl_max": 0.5}, {"policy/sampler_kl_max": math.nan}]
+    parts = [Summary(num_tokens=1, sums={"kl": each}, maxima={"kl": each}) for each in (0.5, math.nan)]
+    for step in (1, -1):
+        assert math.isnan(merged(kinds[::step])["policy/sampler_kl_max"])
+        assert math.isnan(Summary.merge(parts[::step]).maxima["kl"])
 
 
 def test_means_over_tokens_are_merged_by_tokens_and_rates_by_time() -> None:

@@ -125,10 +125,13 @@ DOCUMENTED: dict[str, Metric] = {
     "optim/skipped_steps": Metric("steps", "Optimizer steps skipped since the run began, for any reason."),
     "optim/nonfinite_steps": Metric("steps", "Of those: loss or gradient was not finite."),
     "progress/tokens_sampled": Metric(
-        "tokens", "Sampled since the run began: dropped ones, evaluations and canaries, too.", "num_tokens"
+        "tokens",
+        "Sampled since the run began: dropped ones, evaluations and canaries, too, but none after the last step before a resume.",
+        "num_tokens",
     ),
     "progress/tokens_trained": Metric(
-        "tokens", "Sampled tokens that were trained on since the run began, once for each epoch over a batch."
+        "tokens",
+        "Sampled tokens in optimizer steps since the run began, skipped ones among them, once for each epoch over a batch.",
     ),
     "progress/prompts": Metric("prompts", "Trained on since the run began."),
     "progress/passed_over": Metric("prompts", "Passed over by the curriculum since the run began, and not sampled."),

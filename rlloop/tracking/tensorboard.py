@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ class TensorBoard:
     def __init__(self, folder: Path):
         from tensorboardX import SummaryWriter  # takes seconds to import
 
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a NaN is no news: what a step has not, is one
         self._open = lambda step: SummaryWriter(logdir=str(folder), purge_step=step)
         self._writer: Any = None
 

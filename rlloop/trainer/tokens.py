@@ -117,7 +117,7 @@ class Summary:
         for part in parts:
             for name in part.sums:
                 sums[name] = sums.get(name, 0.0) + part.sums[name]
-                maxima[name] = max(maxima.get(name, -np.inf), part.maxima[name])
+                maxima[name] = float(np.maximum(maxima.get(name, -np.inf), part.maxima[name]))  # which keeps a NaN
         return Summary(
             loss=sum(part.loss for part in parts),
             num_tokens=sum(part.num_tokens for part in parts),

@@ -166,10 +166,16 @@ def test_a_string_is_continued_as_it_stands() -> None:
         ({"rewards": ["trl_style:two"], "weights": [1, 2]}, "expected a weight for each reward function, got 2"),
         ({"path": "other.jsonl"}, "other.jsonl: expected a column prompt, got question"),
         ({"path": "missing.jsonl"}, "missing.jsonl"),
+        ({"path": "empty.jsonl"}, "empty.jsonl: expected rows, got an empty file"),
+        ({"path": "numbers.csv"}, "numbers.csv: expected prompts of text or of messages, got 12"),
+        ({"path": "tools.jsonl"}, "tools.jsonl: expected no tools, which prompts are not rendered with"),
     ],
 )
 def test_bad_arguments_are_explained(folder: Path, args: dict[str, Any], message: str) -> None:
     (folder / "other.jsonl").write_text(json.dumps({"question": "1 + 1 ="}))
+    (folder / "empty.jsonl").touch()
+    (folder / "numbers.csv").write_text("prompt\n12\n13\n")
+    (folder / "tools.jsonl").write_text(json.dumps({"prompt": "1 + 1 =", "tools": [{"name": "calculator"}]}))
     with pytest.raises(BadEnvironmentError, match=message):
         load_environment("dataset", {"path": "rows.jsonl", "rewards": ["trl_style:length"], **args})
 

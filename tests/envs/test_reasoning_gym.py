@@ -29,6 +29,7 @@ def test_every_dataset(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no network in this test")
 
     monkeypatch.setattr(socket.socket, "connect", offline)
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
     first, second = (ReasoningGym(dataset, size=2, seed=3) for _ in range(2))
     task = first.task(1)
     assert (len(first), task["question"]) == (2, second.task(1)["question"])
@@ -81,8 +82,10 @@ def composite(name: str) -> list[Any]:
         ({"dataset": "zzz"}, "it has ab, acre, advanced_geometry"),
         ({"dataset": "chain_sum", "terms": 3}, "chain_sum has no setting terms; it has min_terms, max_terms"),
         ({"dataset": "chain_sum", "min_terms": 0}, "AssertionError: min_terms must be positive"),
+        ({"dataset": "word_ladder"}, "word_ladder makes other tasks in each process.*; set PYTHONHASHSEED=0"),
     ],
 )
-def test_mistakes_are_explained(args: dict[str, Any], message: str) -> None:
+def test_mistakes_are_explained(args: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     with pytest.raises(BadEnvironmentError, match=message):
         load_environment("reasoning_gym", args)
