@@ -72,13 +72,12 @@ def _summarise(groups: Sequence[Group]) -> Metrics:
     rewards = np.array([reward for group in groups for reward in group.rewards])
     # Answers to one prompt are alike, so prompts are what is drawn independently; some have fewer answers, where one failed.
     off = [np.sum(group.rewards - rewards.mean()) for group in groups if group.rewards]
-    lengths = [rollout.loss_mask.sum() for group in groups for rollout in group.rollouts]
     nan = float("nan")
+    stderr = float(np.sqrt(len(off) / (len(off) - 1)) * np.linalg.norm(off) / len(rewards)) if len(off) > 1 else nan
+    lengths = [rollout.loss_mask.sum() for group in groups for rollout in group.rollouts]
     return {
         "eval/reward_mean": float(rewards.mean()) if len(rewards) else nan,
-        "eval/reward_stderr": float(np.sqrt(len(off) / (len(off) - 1)) * np.linalg.norm(off) / len(rewards))
-        if len(off) > 1
-        else nan,
+        "eval/reward_stderr": stderr,
         "eval/mean_length": float(np.mean(lengths)) if lengths else nan,
         "eval/prompts": float(len(groups)),
         "eval/failures": float(sum(len(group.failures) for group in groups)),

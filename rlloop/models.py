@@ -103,7 +103,7 @@ def check_adapter(folder: Path, lora: LoraSettings) -> None:
 
 def weight_bytes(folder: Path, dtype: str) -> int:
     """Of a model's weights in memory, as `dtype`: from the sizes of its safetensors files and the type that config.json
-    names, or, where it is from before they did, float32."""
+    names, float32 where it names none."""
     size = {"float32": 4}  # else 2, be it bfloat16 or float16
     config = json.loads((folder / "config.json").read_text())
     saved = config.get("dtype") or config.get("torch_dtype") or "float32"

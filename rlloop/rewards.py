@@ -185,7 +185,7 @@ def serve(lifeline: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     # Line by line: what was printed is there when the worker is killed, and lines of several workers stay whole.
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     name, args = pickle.loads(_receive(requests))
     try:
         environment = load_environment(name, args)

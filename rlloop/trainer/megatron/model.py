@@ -94,11 +94,7 @@ def build_model(
         provider.register_pre_wrap_hook(_freeze)
         on_cpu = groups.device.type == "cpu"
         chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=on_cpu)
-    except (
-        AttributeError,
-        TypeError,
-        ValueError,
-    ) as error:  # what Megatron-Bridge has no place for, it says in many ways
+    except (AttributeError, TypeError, ValueError) as error:  # as it says of a kind of model that it does not know
         raise TrainerError(
             f"Megatron-Bridge could not load the model ({type(error).__name__}: {shorten(str(error), 200)}); where it does "
             "not know its kind, use --trainer.kind peft"
