@@ -265,8 +265,11 @@ def _from_json(value: Any) -> Any:
         raise ValueError(f"expected {TABLE}, got {value!r}")
     try:
         tomli_w.dumps(value)
-    except TypeError as error:
-        raise ValueError(f"expected values that TOML has, without null, got {value!r}") from error
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected text, numbers, lists and tables, without null, NaN and dates, got {value!r}"
+        ) from error
     return value
 
 

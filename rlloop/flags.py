@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 from pydantic_config import ConfigFileError, cli
 
@@ -26,6 +27,7 @@ def parse(settings: type[SettingsT], args: list[str], prog: str) -> tuple[Settin
             file = value if equals else next(pending, None)
             if not file:
                 raise ConfigError("--config: expected a TOML, YAML or JSON file, got nothing")
+            _check_readable(file)
             rest += ["@", file]
         else:
             rest.append(argument)
@@ -34,7 +36,8 @@ def parse(settings: type[SettingsT], args: list[str], prog: str) -> tuple[Settin
         if _asks(rest, flag) and not any(argument.partition("=")[0] == other for argument in rest):
             rest.append(f"--no-{other[2:]}")
     epilog = (
-        "\n\n--config FILE reads settings from a TOML file; flags win over it. --dry-run prints the resolved settings."
+        "\n\n--config FILE reads settings from a TOML file; flags win over it, and add to its tables. "
+        "--dry-run prints the resolved settings."
     )
     try:
         resolved = cli(settings, args=rest, prog=prog, description=(settings.__doc__ or "").strip() + epilog)
@@ -45,6 +48,15 @@ def parse(settings: type[SettingsT], args: list[str], prog: str) -> tuple[Settin
             f"{rest[rest.index(error.doc) - 1]}: expected {TABLE}: {error} (got {error.doc!r})"
         ) from error
     return resolved, dry_run
+
+
+def _check_readable(file: str) -> None:
+    """A file that is not there is left to pydantic_config."""
+    try:
+        if Path(file).exists():
+            Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file}: expected a TOML, YAML or JSON file, got {error}") from error
 
 
 def _asks(arguments: list[str], flag: str) -> bool:

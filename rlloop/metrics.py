@@ -74,6 +74,7 @@ class StepMetrics:
             "async/dropped_stale": change["stale"],
             "async/dropped_failed": change["failed"],
             "async/dropped_filtered": change["filtered"],
+            "async/dropped_too_long": change["too_long"],
             "rollout/errors": change["errors"],
             "rollout/timeouts": change["timeouts"],
             "time/step": seconds,
@@ -107,6 +108,7 @@ class StepMetrics:
             "stale": float(self._loop.dropped["stale"]),
             "failed": float(self._loop.dropped["failed"]),
             "filtered": float(self._loop.dropped["filtered"]),
+            "too_long": float(self._loop.dropped["too_long"]),
             "errors": float(self._loop.failures["error"]),
             "timeouts": float(self._loop.failures["timeout"]),
         }

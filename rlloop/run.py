@@ -22,7 +22,7 @@ from rlloop.backend import Backend, open_backend
 from rlloop.checkpoint import Checkpoint, write_checkpoint
 from rlloop.config import RunSettings, TrainingSettings
 from rlloop.engine import Engine
-from rlloop.environment import Environment, load_environment
+from rlloop.environment import Environment, PromptTooLong, load_environment
 from rlloop.errors import BadEnvironmentError, CheckpointError, ConfigError, RankDied, TornUpdate, first_error
 from rlloop.evaluation import Evaluation
 from rlloop.events import Events
@@ -119,9 +119,13 @@ class Run:
 
     async def sample(self, prompt: Prompt, version: int) -> Group:
         """See `Stages.sample`."""
-        return await self._sample(
-            self.settings, self.refit.in_flight, prompt, version, partial(self.refit.end_lease, prompt.ordinal)
-        )
+        try:
+            return await self._sample(
+                self.settings, self.refit.in_flight, prompt, version, partial(self.refit.end_lease, prompt.ordinal)
+            )
+        except PromptTooLong as error:
+            self._failures.report(prompt.index, [Failure("error", "rollout", f"{error} (--engine.max-model-len)")])
+            raise
 
     async def _sample(
         self,

@@ -17,6 +17,7 @@ from rlloop.advantages import (
     token_weights,
     whitened,
 )
+from rlloop.errors import ConfigError
 from rlloop.trainer import Trainer
 from rlloop.types import FloatArray, Group, Metrics, Rollout, Sample
 
@@ -31,7 +32,7 @@ def make_samples(
 ) -> list[Sample]:
     """One sample for each rollout that has a loss token; each of its tokens gets the rollout's advantage.
 
-    `whiten`: see `rlloop.advantages.whitened`. Raises ValueError for advantages that are not one of each reward.
+    `whiten`: see `rlloop.advantages.whitened`. Raises ConfigError for advantages that are not one of each reward.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     credit_of = np.concatenate([_one_each(advantages(group.rewards), len(group.rewards)) for group in groups])
@@ -57,8 +58,8 @@ def make_samples(
 def _one_each(advantages: Any, number: int) -> NDArray[np.float64]:
     found = np.asarray(advantages, np.float64)
     if found.shape != (number,):
-        raise ValueError(
-            f"expected an array of {number} advantages for as many rewards, got one of shape {[*found.shape]}"
+        raise ConfigError(
+            f"--advantage: expected an array of {number} advantages for as many rewards, got one of shape {[*found.shape]}"
         )
     return found
 

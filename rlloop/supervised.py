@@ -68,6 +68,8 @@ def load_rows(path: str, name: str | None = None, split: str = "train") -> Any:
     kind = FORMATS.get(Path(path).suffix)
     try:
         return load_dataset(kind, data_files=path, split=split) if kind else load_dataset(path, name, split=split)
+    except StopIteration as error:
+        raise ConfigError(f"--dataset {path}: expected rows, got an empty file") from error
     except Exception as error:  # of many kinds, from a missing file to a server's
         cause = error.__cause__ or error
         raise ConfigError(

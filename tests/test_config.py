@@ -48,6 +48,8 @@ BAD_FLAGS = {
     "both at once": ("--resume --overwrite", "--resume and --overwrite exclude each other"),
     "no config": ("--config", "--config: expected a TOML, YAML or JSON file, got nothing"),
     "no such config": ("--config nope.toml", "Config file not found: nope.toml"),
+    "a folder as config": ("--config /tmp", "--config /tmp: expected a TOML, YAML or JSON file, got [Errno 21]"),
+    "no number": ('--env-args {"limit":1e400}', "--env-args", "without null, NaN and dates"),
 }
 BAD_FILES = {
     "unknown key": ("group_sise = 4", "--group-sise", "did you mean --group-size?", "got 4"),

@@ -102,6 +102,7 @@ def test_one_step(clock: Clock) -> None:
         "async/dropped_groups": 4.0,
         "async/dropped_stale": 2.0,
         "async/dropped_failed": 1.0,
+        "async/dropped_too_long": 1.0,
         "rollout/errors": 3.0,
         "rollout/timeouts": 1.0,
         "time/step": 4.0,

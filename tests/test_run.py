@@ -30,7 +30,7 @@ from rlloop.advantages import group_centred, token_weights
 from rlloop.checkpoint import newest_checkpoint
 from rlloop.config import RunSettings, SettingsT
 from rlloop.engine.fake import FakeEngine
-from rlloop.environment import Policy, Trajectory
+from rlloop.environment import Policy, PromptTooLong, Trajectory
 from rlloop.errors import (
     BadEnvironmentError,
     CheckpointError,
@@ -511,6 +511,26 @@ async def test_a_task_that_cannot_be_made_costs_its_group_and_is_said(
     assert said.startswith(
         "a rollout of task 3 has no reward: error in task: ValueError: row 3 is corrupt (test_run.py:"
     )
+
+
+@pytest.mark.anyio
+async def test_a_prompt_that_is_too_long_is_said_and_counted(
+    tmp_path: Path, anyio_backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Long(Environment):
+        async def rollout(self, task: Any, policy: Any) -> Rollout:
+            if task == 3:
+                raise PromptTooLong("900 tokens leave no room for an answer within 512")
+            return await super().rollout(task, policy)
+
+    config = make_settings(tmp_path / "run", num_steps=NUM_TASKS)  # two epochs
+    async with open_fake_run(config) as fake:
+        fake.environment = Long()
+        await fake.train(update)
+    assert sum(line["async/dropped_too_long"] for line in read_metrics(config.run_dir)) >= 2
+    [said] = [message for message in caplog.messages if "has no reward" in message]
+    assert said.startswith("a rollout of task 3 has no reward: error in rollout: 900 tokens leave no room")
+    assert said.endswith("within 512 (--engine.max-model-len)")
 
 
 def test_a_failing_task_does_not_change_what_a_run_is_and_only_failing_ones_end_it_at_once(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rlloop.advantages import group_centred, raw_rewards, sequence_weights, token_weights
+from rlloop.errors import ConfigError
 from rlloop.samples import (
     make_samples,
     minibatches,
@@ -52,7 +53,9 @@ def test_advantages_are_of_the_group_and_weights_of_the_batch() -> None:
     "advantages", [lambda _: 0.5, lambda rewards: list(rewards)[1:], lambda rewards: [[r] for r in rewards]]
 )
 def test_advantages_of_another_shape_are_refused(advantages: Any) -> None:
-    with pytest.raises(ValueError, match=r"expected an array of 2 advantages for as many rewards, got one of shape \["):
+    with pytest.raises(
+        ConfigError, match=r"expected an array of 2 advantages for as many rewards, got one of shape \["
+    ):
         make_samples(GROUPS, advantages, token_weights)
 
 

@@ -71,6 +71,19 @@ def test_the_second_signal_ends_the_process_at_once(anyio_backend: str) -> None:
         assert time.monotonic() - started < 5
 
 
+def test_the_second_signal_ends_a_process_whose_event_loop_is_kept_busy(anyio_backend: str) -> None:
+    program = PROGRAM.format(backend=anyio_backend, cleanup=0, fails=False)
+    program = program.replace("await anyio.sleep_forever()", "import time; time.sleep(600)")
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGTERM)
+        time.sleep(2.1)
+        assert child.poll() is None
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=20) == 143
+
+
 def test_signals_that_come_at_once_are_one_stop(anyio_backend: str) -> None:
     """As `timeout` sends them."""
     with start(anyio_backend, cleanup=1.5) as child:

@@ -64,6 +64,7 @@ DOCUMENTED: dict[str, Metric] = {
     "async/dropped_stale": Metric("groups", "Of those: too old.", "sample/dropped_stale_total (total)"),
     "async/dropped_failed": Metric("groups", "Of those: too few rollouts left after failures."),
     "async/dropped_filtered": Metric("groups", "Of those: all rewards equal, with `--dynamic_sampling`."),
+    "async/dropped_too_long": Metric("groups", "Of those: the prompt leaves no room within `--engine.max_model_len`."),
     "rollout/errors": Metric("rollouts", "Ended by an exception in the environment or the reward, in this step."),
     "rollout/timeouts": Metric("rollouts", "Ended by a time limit of the rollout or the reward, in this step."),
     "time/step": Metric("seconds", "Wall time since the step before ended.", "step_time, perf/step_s"),
