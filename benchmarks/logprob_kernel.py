@@ -15,10 +15,11 @@ from collections.abc import Callable
 
 import torch
 from _report import Cell, Report
+from lora_kernels import replayed_microseconds
 from trainer import SHAPES
 from vllm.v1.worker.gpu.sample import logprob
 
-REPLAYS, CALLS = 5, 20
+CALLS = 20
 BLOCKS = [*itertools.product((1024, 2048, 4096, 8192, 16384), (4, 8, 16, 32))]
 VLLMS = (1024, 4)
 """Logits of a block, and warps."""
@@ -26,19 +27,12 @@ VLLMS = (1024, 4)
 
 def microseconds(compute: Callable[[], object]) -> float:
     """Of one call."""
-    compute()  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def several() -> None:
         for _ in range(CALLS):
             compute()
-    graph.replay()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(REPLAYS):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) * 1e3 / (REPLAYS * CALLS)
+
+    return replayed_microseconds(several) / CALLS
 
 
 def measure(vocabulary: int, number: int) -> dict[str, Cell]:

@@ -119,13 +119,9 @@ class Run:
 
     async def sample(self, prompt: Prompt, version: int) -> Group:
         """See `Stages.sample`."""
-        try:
-            return await self._sample(
-                self.settings, self.refit.in_flight, prompt, version, partial(self.refit.end_lease, prompt.ordinal)
-            )
-        except PromptTooLong as error:
-            self._failures.report(prompt.index, [Failure("error", "rollout", f"{error} (--engine.max-model-len)")])
-            raise
+        return await self._sample(
+            self.settings, self.refit.in_flight, prompt, version, partial(self.refit.end_lease, prompt.ordinal)
+        )
 
     async def _sample(
         self,
@@ -135,18 +131,22 @@ class Run:
         version: int,
         rolled_out: Callable[[], None] = lambda: None,
     ) -> Group:
-        group = await sample_group(
-            prompt,
-            environment=self.environment,
-            scorer=self.scorer,
-            engine=self.engine,
-            tokenizer=self.tokenizer,
-            policy_version=version,
-            settings=settings,
-            in_flight=in_flight,
-            events=self.events,
-            rolled_out=rolled_out,
-        )
+        try:
+            group = await sample_group(
+                prompt,
+                environment=self.environment,
+                scorer=self.scorer,
+                engine=self.engine,
+                tokenizer=self.tokenizer,
+                policy_version=version,
+                settings=settings,
+                in_flight=in_flight,
+                events=self.events,
+                rolled_out=rolled_out,
+            )
+        except PromptTooLong as error:
+            self._failures.report(prompt.index, [Failure("error", "rollout", f"{error} (--engine.max-model-len)")])
+            raise
         self._failures.report(prompt.index, group.failures)
         return group
 
