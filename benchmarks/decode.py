@@ -150,6 +150,7 @@ class Engines:
                 seconds["offline"].append(await anyio.to_thread.run_sync(decode_offline, self.offline, asked))
         speed = {kind: number * NUM_TOKENS / median(values[1:]) for kind, values in seconds.items() if values}
         offline = speed.get("offline")
+        each = [theirs / ours for theirs, ours in zip(seconds["offline"][1:], seconds["base"][1:], strict=False)]
         return {
             "requests": number,
             "base": speed["base"],
@@ -159,6 +160,7 @@ class Engines:
             "merged / base": f"{speed['merged'] / speed['base']:.3f}",
             "slot / base": f"{speed['slots'] / speed['base']:.3f}",
             "base / LLM.generate": f"{speed['base'] / offline:.3f}" if offline else None,
+            "each": " ".join(f"{ratio:.2f}" for ratio in each),
             "ms/step, base": 1e3 * number / speed["base"],
         }
 

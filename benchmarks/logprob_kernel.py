@@ -1,10 +1,10 @@
-"""What the logprob of each sampled token takes in a decode step of a GPU, with vLLM's blocks and with others.
+"""What the logprob of each sampled token takes in a decode step of a GPU, with vLLM's blocks, rlloop's and others.
 
     python benchmarks/logprob_kernel.py --name h200_logprob_kernel
 
 vLLM's kernel has one program a request, which goes through the logits twice, block by block, for their greatest and for the sum
-of their exponentials; then another one goes through them for the token's rank, which rlloop does not read. Both are timed for
-the vocabulary of each shape, replayed from a CUDA graph, the first with each of some blocks; beside them torch's log_softmax.
+of their exponentials; then another one goes through them for the token's rank, which rlloop leaves out. Both are timed for the
+vocabulary of each shape, replayed from a CUDA graph, the first with each of some blocks; beside them torch's log_softmax.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from lora_kernels import replayed_microseconds
 from trainer import SHAPES
 from vllm.v1.worker.gpu.sample import logprob
 
+from rlloop.engine.gpu_logprobs import OPTIONS
+
 CALLS = 20
-BLOCKS = [*itertools.product((1024, 2048, 4096, 8192, 16384), (4, 8, 16, 32))]
-VLLMS = (1024, 4)
+BLOCKS = [*itertools.product((1024, 4096, 8192, 16384), (4, 16, 32))]
 """Logits of a block, and warps."""
+VLLMS, RLLOOPS = (1024, 4), (OPTIONS["BLOCK_SIZE"], OPTIONS["num_warps"])
 
 
 def microseconds(compute: Callable[[], object]) -> float:
@@ -61,8 +63,9 @@ def measure(vocabulary: int, number: int) -> dict[str, Cell]:
         "vocabulary": vocabulary,
         "requests": number,
         "vLLM's, µs": taken[VLLMS],
+        "rlloop's, µs": taken[RLLOOPS],
+        "vLLM's / rlloop's": f"{taken[VLLMS] / taken[RLLOOPS]:.2f}x",
         "best, µs": taken[best],
-        "vLLM's / best": f"{taken[VLLMS] / taken[best]:.2f}x",
         "its block and warps": f"{best[0]}, {best[1]}",
         "log_softmax, µs": microseconds(lambda: logits.log_softmax(-1, dtype=torch.float32).gather(-1, tokens)),
         "rank, µs": microseconds(rank),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rlloop.engine import cpu_lora, gpu_lora, vllm_compat
+from rlloop.engine import cpu_lora, gpu_logprobs, gpu_lora, vllm_compat
 from rlloop.engine.flights import HOPPING_ID
 from rlloop.refit.arrivals import Arrivals
 from rlloop.refit.digest import checksum, digest, spelled
@@ -25,7 +25,9 @@ from rlloop.refit.whole import Whole
 from rlloop.types import Manifest, RefitForm
 
 if torch.cuda.is_available():
-    vllm_compat.start_with_what_is_used()  # here, for vLLM imports this into each worker before all else
+    # Here, for vLLM imports this into each worker before all else.
+    vllm_compat.start_with_what_is_used()
+    gpu_logprobs.install()
 
 
 class LoraRefit:
