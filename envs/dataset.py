@@ -18,22 +18,15 @@ import math
 import reprlib
 import weakref
 from collections.abc import Awaitable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from rlloop.environment import MessageEnvironment, Policy, Trajectory, as_written
 from rlloop.plugins import load_object
+from rlloop.rows import load_rows
 from rlloop.types import Message, Reward, Rollout
-
-try:
-    from datasets import Dataset as Rows
-    from datasets import load_dataset
-except ModuleNotFoundError as error:
-    raise ImportError("datasets is not installed: pip install 'rlloop[datasets]'") from error
 
 _RESERVED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
 """Arguments of a reward function that are no column."""
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 class Dataset(MessageEnvironment):
@@ -56,22 +49,13 @@ class Dataset(MessageEnvironment):
             raise ValueError(
                 f"expected a weight for each reward function, got {len(self._weights)} for {list(rewards)}"
             )
-        files = [path] if isinstance(path, str) else path
-        kind = FORMATS.get(Path(files[0]).suffix) if files else None
-        if kind is None and not isinstance(path, str):
-            raise ValueError(f"expected a list of {', '.join(FORMATS)} files, got {path}")
-        try:
-            self._rows: Rows = (
-                load_dataset(kind, data_files=path, split=split) if kind else load_dataset(path, name, split=split)
-            )
-        except StopIteration as error:
-            raise ValueError(f"{path}: expected rows, got an empty file") from error
+        if len(set(rewards)) < len(rewards):
+            raise ValueError(f"expected each reward function once, got {list(rewards)}; weights make one count more")
+        self._rows = load_rows(path, name, split)
         if "prompt" not in self._rows.column_names:
             raise ValueError(f"{path}: expected a column prompt, got {', '.join(self._rows.column_names)}")
         if len(self._rows) and not isinstance(first := self._rows[0]["prompt"], (str, list)):
             raise ValueError(f"{path}: expected prompts of text or of messages, got {first!r}")
-        if "tools" in self._rows.column_names and any(self._rows["tools"]):
-            raise ValueError(f"{path}: expected no tools, which prompts are not rendered with; remove the column")
         if taken := [name for name in self._rows.column_names if name in _RESERVED]:
             raise ValueError(
                 f"{path}: expected no column {taken[0]}, which reward functions get of each answer; rename it"

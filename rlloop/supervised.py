@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from rlloop.environment import as_written, prompt_tokens, reply_tokens
 from rlloop.errors import ConfigError
 from rlloop.types import BoolArray, IntArray, Message, Sample
 
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 COLUMNS = (("prompt", "completion"), ("messages",), ("text",))
 
 
@@ -57,27 +55,6 @@ class Examples:
         return sha.hexdigest()
 
 
-def load_rows(path: str, name: str | None = None, split: str = "train") -> Any:
-    """A `datasets.Dataset`: of a JSON, CSV or Parquet file, or of what `datasets.load_dataset` takes. Raises ConfigError."""
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "--dataset: expected the package datasets, which is not installed: pip install 'rlloop[datasets]'"
-        ) from error
-    kind = FORMATS.get(Path(path).suffix)
-    try:
-        return load_dataset(kind, data_files=path, split=split) if kind else load_dataset(path, name, split=split)
-    except StopIteration as error:
-        raise ConfigError(f"--dataset {path}: expected rows, got an empty file") from error
-    except Exception as error:  # of many kinds, from a missing file to a server's
-        cause = error.__cause__ or error
-        raise ConfigError(
-            f"--dataset {path} cannot be loaded: {type(cause).__name__}: {cause}. It is a JSON, CSV or Parquet file, or what "
-            "datasets.load_dataset takes, with --dataset-name and --split"
-        ) from error
-
-
 def tokenise(rows: Any, tokenizer: Any, max_length: int) -> Examples:
     """All rows of a `datasets.Dataset`; those of more than `max_length` tokens are left out, and counted.
 
@@ -91,8 +68,6 @@ def tokenise(rows: Any, tokenizer: Any, max_length: int) -> Examples:
             f"--dataset: expected the columns {expected}, got {', '.join(rows.column_names) or 'none'}; rename the columns that "
             "have the questions and answers"
         )
-    if "tools" in rows.column_names and any(rows["tools"]):
-        raise ConfigError("--dataset: expected no tools, which prompts are not rendered with yet; remove the column")
     found: list[Example] = []
     for index, row in enumerate(rows.select_columns(list(columns))):
         try:

@@ -22,9 +22,10 @@ from rlloop.events import Events
 from rlloop.ledger import Ledger
 from rlloop.models import resolve_model
 from rlloop.placement import place_trainer
+from rlloop.rows import load_rows
 from rlloop.run import open_records
 from rlloop.run_directory import RunDirectory
-from rlloop.supervised import Example, Examples, load_rows, make_samples, tokenise
+from rlloop.supervised import Example, Examples, make_samples, tokenise
 from rlloop.tracking import Trackers
 from rlloop.trainer import Trainer
 from rlloop.types import LoraConfig, Metrics, Sample

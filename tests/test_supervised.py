@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ from rlloop.envs.arithmetic import Arithmetic, Sum
 
 from rlloop.environment import prompt_tokens
 from rlloop.errors import ConfigError
-from rlloop.supervised import Example, Examples, load_rows, make_samples, tokenise
+from rlloop.rows import load_rows
+from rlloop.supervised import Example, Examples, make_samples, tokenise
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "sft" / "questions.jsonl"
 pytestmark = pytest.mark.filterwarnings("ignore")  # of datasets
@@ -219,7 +218,6 @@ CHAT = [user("x"), assistant("y")]
         ([{"messages": "x"}], "row 0: expected messages to be a list of messages with role and content, got 'x'"),
         ([{"messages": [*CHAT[:1], {"role": "assistant"}]}], "row 0: TypeError|row 0: UndefinedError"),
         ([{"text": "x"}, {"text": None}], "row 1: expected text to be a string, got NoneType"),
-        ([{"messages": CHAT, "tools": ["search"]}], "expected no tools, which prompts are not rendered with yet"),
         (
             [{"messages": [*CHAT[:1], {"role": "assistant", "content": "", "tool_calls": [{"name": "search"}]}]}],
             "row 0: expected a chat template that writes tool_calls",
@@ -241,20 +239,6 @@ def test_a_tokenizer_without_an_end_is_refused(tokenizer: Any) -> None:
     other.eos_token = None
     with pytest.raises(ConfigError, match="row 0: the tokenizer has no eos_token"):
         read([{"text": "one two"}], other)
-
-
-def test_files_are_found_by_their_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "rows.csv").write_text("text\none\ntwo\n")
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "one"}))
-    assert list(load_rows(str(tmp_path / "rows.csv"))["text"]) == ["one", "two"]
-    assert list(load_rows(str(tmp_path / "rows.jsonl"))["text"]) == ["one"]
-    for arguments in ((str(tmp_path / "missing.jsonl"),), (str(tmp_path / "rows.csv"), None, "test")):
-        with pytest.raises(ConfigError, match=r"cannot be loaded: .* with --dataset-name and --split"):
-            load_rows(*arguments)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"pip install 'rlloop\[datasets\]'"):
-        load_rows("rows.csv")
 
 
 def test_the_example(tokenizer: Any) -> None:

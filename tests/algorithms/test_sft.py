@@ -249,7 +249,7 @@ async def test_the_last_rows_can_be_held_out(fake: Any, config: Config, anyio_ba
     ("changes", "message"),
     [
         ({"max_length": 2}, "all 5 are longer than --max-length 2 tokens"),
-        ({"dataset": "missing.jsonl"}, "--dataset missing.jsonl cannot be loaded"),
+        ({"dataset": "missing.jsonl"}, "missing.jsonl cannot be loaded"),
         (
             {"evaluation": {"every": 1, "num_rows": 5}},
             "--evaluation.num-rows: expected less than the dataset's 5 rows, got 5",

@@ -164,6 +164,7 @@ def test_a_string_is_continued_as_it_stands() -> None:
         ({"rewards": ["trl_style:wrong"]}, "module trl_style has no function or class wrong"),
         ({"rewards": []}, "expected a weight for each reward function, got 0"),
         ({"rewards": ["trl_style:two"], "weights": [1, 2]}, "expected a weight for each reward function, got 2"),
+        ({"rewards": ["trl_style:length"] * 2}, "expected each reward function once"),
         ({"path": "other.jsonl"}, "other.jsonl: expected a column prompt, got question"),
         ({"path": "missing.jsonl"}, "missing.jsonl"),
         ({"path": "empty.jsonl"}, "empty.jsonl: expected rows, got an empty file"),
