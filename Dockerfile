@@ -5,5 +5,5 @@ ENV VIRTUAL_ENV=/opt/rlloop PATH=/opt/rlloop/bin:$PATH
 WORKDIR /src
 COPY . .
 RUN python3 -m venv $VIRTUAL_ENV && pip install --no-cache-dir uv && uv pip install --no-cache --no-deps -r requirements/gpu.txt .
-WORKDIR /work
+WORKDIR /workspace
 CMD ["rlloop", "--help"]
