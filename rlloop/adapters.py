@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
+from anyio import get_cancelled_exc_class
+
 from rlloop.checkpoint import Checkpoint
 from rlloop.trainer import Head, Trainer
 from rlloop.types import LoraConfig
@@ -28,12 +30,16 @@ async def create_adapters(
 ) -> None:
     """With the weights that they have in the checkpoint; without one, the policy's are those of the adapter `begin_with`.
 
-    `created` gets the name of each as it is there.
+    `created` gets the name of each that is there, or will be.
     """
+    created = [] if created is None else created
     for name, (lora, head) in adapters.items():
-        await trainer.create_adapter(name, lora, head)
-        if created is not None:
-            created.append(name)
+        try:
+            await trainer.create_adapter(name, lora, head)
+        except get_cancelled_exc_class():
+            created.append(name)  # the ranks go on with it
+            raise
+        created.append(name)
         if checkpoint is not None:
             await trainer.load(name, adapter_folder(checkpoint.folder, name))
         elif begin_with is not None and name == POLICY:

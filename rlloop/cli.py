@@ -104,8 +104,9 @@ def _attempt(settings: TrainingSettings) -> int | None:
     """Changes when a run opens its directory."""
     from rlloop.run_directory import ATTEMPT
 
-    attempt = settings.run_dir / ATTEMPT
-    return attempt.stat().st_mtime_ns if attempt.exists() else None
+    with suppress(OSError):  # of a file that is not there, or cannot be looked at
+        return (settings.run_dir / ATTEMPT).stat().st_mtime_ns
+    return None
 
 
 def _usage() -> str:

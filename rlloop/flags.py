@@ -43,6 +43,12 @@ def parse(settings: type[SettingsT], args: list[str], prog: str) -> tuple[Settin
         resolved = cli(settings, args=rest, prog=prog, description=(settings.__doc__ or "").strip() + epilog)
     except ConfigFileError as error:
         raise ConfigError(_readable(str(error))) from error
+    except AttributeError as error:  # pydantic_config asks what it read for its items
+        if "@" not in rest:
+            raise
+        raise ConfigError(
+            f"--config {rest[rest.index('@') + 1]}: expected a table of settings, got a file without one"
+        ) from error
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{rest[rest.index(error.doc) - 1]}: expected {TABLE}: {error} (got {error.doc!r})"

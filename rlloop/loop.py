@@ -27,7 +27,7 @@ from rlloop.errors import BadEnvironmentError
 from rlloop.ledger import DropReason, Ledger
 from rlloop.refit.publisher import Refit
 from rlloop.staleness import Backlog
-from rlloop.types import Group, Metrics, Prompt, RefitReport
+from rlloop.types import Failure, Group, Metrics, Prompt, RefitReport
 
 _BEGIN_IN_A_PASS = 4
 """Groups. A refit frees the slots of a whole step; all their requests in one pass through the event loop would keep the
@@ -112,7 +112,7 @@ class Loop:
         self._scopes: defaultdict[int, set[CancelScope]] = defaultdict(set)
         self._changed = Event()
         """Set when a group has ended, whichever way; made anew before an update looks for its groups."""
-        self._failed_in_a_row = 0
+        self._failed_in_a_row: list[Failure | None] = []
         self.num_in_flight = 0
         """Groups that are being sampled or scored."""
         self.dropped: Counter[str] = Counter()
@@ -191,7 +191,7 @@ class Loop:
         if group is not None and reason == "filtered":
             self._filtered.append(group)
         if reason in (None, "filtered"):
-            self._failed_in_a_row = 0
+            self._failed_in_a_row.clear()
         if reason is None:
             assert group is not None
             self._backlog.finish(group)
@@ -223,14 +223,18 @@ class Loop:
                 scope.cancel()
 
     def _stop_if_all_fail(self, group: Group | None) -> None:
-        self._failed_in_a_row += 1
-        if self._failed_in_a_row < max(20, 3 * self._groups_per_step):
+        """`group`: None for a prompt that is too long."""
+        self._failed_in_a_row.append(group.failures[-1] if group else None)
+        number = len(self._failed_in_a_row)
+        if number < max(20, 3 * self._groups_per_step):
             return
-        if group is None:
+        failed = [failure for failure in self._failed_in_a_row if failure is not None]
+        if not failed:
             raise BadEnvironmentError(
-                f"{self._failed_in_a_row} prompts in a row left no room for an answer: raise --engine.max-model-len"
+                f"{number} prompts in a row left no room for an answer: raise --engine.max-model-len"
             )
-        last = group.failures[-1]
+        last = failed[-1]
+        too_long = f", {number - len(failed)} of them for too long a prompt" if len(failed) < number else ""
         raise BadEnvironmentError(
-            f"{self._failed_in_a_row} groups in a row failed; the last {last.stage} ended with {last.kind}: {last.message}"
+            f"{number} groups in a row failed{too_long}; the last {last.stage} ended with {last.kind}: {last.message}"
         )

@@ -17,6 +17,7 @@ from rlloop.updates import PER_TOKEN
 
 SAMPLED = "progress/tokens_sampled"
 TOTALS = (SAMPLED, "progress/tokens_trained", "optim/skipped_steps", "optim/nonfinite_steps")
+_DROPPED = ("stale", "failed", "filtered", "too_long")
 UPDATE_METRICS = (
     *PER_TOKEN,
     "loss/policy",
@@ -71,10 +72,7 @@ class StepMetrics:
             "async/frac_mixed_versions": float(np.mean([r.token_versions is not None for r, _ in rollouts])),
             "async/in_flight": float(self._loop.num_in_flight),
             "async/dropped_groups": change["dropped"],
-            "async/dropped_stale": change["stale"],
-            "async/dropped_failed": change["failed"],
-            "async/dropped_filtered": change["filtered"],
-            "async/dropped_too_long": change["too_long"],
+            **{f"async/dropped_{reason}": change[reason] for reason in _DROPPED},
             "rollout/errors": change["errors"],
             "rollout/timeouts": change["timeouts"],
             "time/step": seconds,
@@ -105,10 +103,7 @@ class StepMetrics:
             "engine": statistics.busy_seconds,
             "generated": float(statistics.num_generated_tokens),
             "dropped": float(sum(self._loop.dropped.values())),
-            "stale": float(self._loop.dropped["stale"]),
-            "failed": float(self._loop.dropped["failed"]),
-            "filtered": float(self._loop.dropped["filtered"]),
-            "too_long": float(self._loop.dropped["too_long"]),
+            **{reason: float(self._loop.dropped[reason]) for reason in _DROPPED},
             "errors": float(self._loop.failures["error"]),
             "timeouts": float(self._loop.failures["timeout"]),
         }

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rlloop.config import LoraSettings
 from rlloop.errors import ConfigError, one_line
@@ -78,10 +79,10 @@ def check_adapter(folder: Path, lora: LoraSettings) -> None:
 
     Names and shapes are checked by the trainer that loads it.
     """
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        raise ConfigError(f"--init-adapter: expected a folder with {file.name}, as PEFT saves an adapter, got {folder}")
-    saved = json.loads(file.read_text())
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"--init-adapter: expected a folder with {name}, as PEFT saves an adapter, got {folder}")
+    saved = _read_table(folder / "adapter_config.json")
     expected = {
         "r": lora.rank,
         "lora_alpha": lora.alpha,
@@ -101,11 +102,21 @@ def check_adapter(folder: Path, lora: LoraSettings) -> None:
         )
 
 
+def _read_table(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: expected JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: expected a JSON object, got {found!r:.80}")
+    return found
+
+
 def weight_bytes(folder: Path, dtype: str) -> int:
     """Of a model's weights in memory, as `dtype`: from the sizes of its safetensors files and the type that config.json
     names, float32 where it names none."""
     size = {"float32": 4}  # else 2, be it bfloat16 or float16
-    config = json.loads((folder / "config.json").read_text())
+    config = _read_table(folder / "config.json")
     saved = config.get("dtype") or config.get("torch_dtype") or "float32"
     files = [file for file in folder.glob("*.safetensors") if not file.match(_COPY)]
     num_bytes = sum(file.stat().st_size for file in files)
@@ -117,7 +128,7 @@ def cannot_be_shared(folder: Path, num_parts: int) -> str | None:
 
     Key-value heads may be fewer, if they divide `num_parts`: each GPU then has a copy of one.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = _read_table(folder / "config.json")
     heads, features = config.get("num_attention_heads", 0), config.get("intermediate_size", 0)
     key_value_heads = config.get("num_key_value_heads") or heads
     if heads % num_parts:

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable
+from importlib.util import find_spec
 from typing import Any
 
 from rlloop.errors import ConfigError
@@ -35,6 +36,14 @@ def load_object(path: str) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigError(f"module {module_name} has no function or class {name}{suggest(name, dir(module))}")
     return found
+
+
+def check_installed(*packages: str) -> None:
+    """Raise ConfigError for those that an extra brings, and that are not there."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ConfigError(
+            f"{' and '.join(missing)} cannot be found: pip install 'rlloop[gpu]', or, on a CPU, make install in a checkout"
+        )
 
 
 def is_path(name: str) -> bool:

@@ -32,6 +32,7 @@ from rlloop.loop import Loop, Step
 from rlloop.metrics import StepMetrics, completion_rows
 from rlloop.models import check_adapter, resolve_model
 from rlloop.placement import place
+from rlloop.plugins import check_installed
 from rlloop.processes import guard
 from rlloop.refit.canary import open_canary
 from rlloop.refit.publisher import Refit
@@ -235,6 +236,7 @@ async def open_run(
     RlloopError for anything that the user can mend.
     """
     # First what needs no run directory: a typo leaves none behind.
+    check_installed("torch", "transformers", "vllm")
     placement = await to_thread.run_sync(place, settings)
     environment = load_environment(settings.env, settings.all_env_args)
     if settings.init_adapter is not None and not settings.resume:

@@ -54,11 +54,6 @@ class RunDirectory:
     """From which a resumed run goes on."""
     _lock: IO[str]
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of checkpoints; see `rlloop.checkpoint`."""
-        return self.path / "checkpoints"
-
     def close(self) -> None:
         """Let others use the directory."""
         self._lock.close()
@@ -86,8 +81,8 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
     """
     path = settings.run_dir
     config = settings.model_copy(update={"resume": False, "overwrite": False}).to_toml().encode()
-    _check(path, settings)  # before anything is written
     try:
+        _check(path, settings)  # before anything is written
         with ExitStack() as opened:
             path.mkdir(parents=True, exist_ok=True)
             lock = opened.enter_context(_lock(path))
@@ -100,7 +95,7 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
                 _check_settings(path, settings, checkpoint.step if checkpoint else 0)
             else:
                 (path / wandb.RUN_ID).unlink(missing_ok=True)  # of a start that failed
-            attempt = 1 if settings.overwrite else int(lock.read() or 0) + 1
+            attempt = 1 if settings.overwrite else _attempts(lock) + 1
             lock.seek(0)
             lock.truncate()
             lock.write(f"{attempt}\n")
@@ -114,6 +109,14 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
             f"--run-dir {path}: expected a directory that can be read and written: {error}"
         ) from error
     return RunDirectory(path, attempt, hashlib.sha256(config).hexdigest(), checkpoint, lock)
+
+
+def _attempts(file: IO[str]) -> int:
+    text = file.read()
+    try:
+        return int(text or 0)
+    except ValueError as error:
+        raise RunDirectoryError(f"{file.name}: expected the number of the last attempt, got {text!r}") from error
 
 
 def _check(path: Path, settings: TrainingSettings) -> None:

@@ -37,6 +37,8 @@ async def stop_on_signals() -> AsyncIterator[None]:
         now = monotonic()
         first_at = now if first_at is None else first_at
         if now - first_at > _ONE_STOP:
+            if os.isatty(1):
+                os.write(1, b"\x1b[?25h")  # the cursor, which the live table hides
             os._exit(128 + number)  # the guardian of rlloop.processes kills what is left
 
     async def watch(*, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:

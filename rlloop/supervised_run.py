@@ -16,12 +16,13 @@ from pydantic import Field
 from rlloop.adapters import POLICY, create_adapters
 from rlloop.backend import load_tokenizer, open_trainer
 from rlloop.checkpoint import write_checkpoint
-from rlloop.config import Settings, TrainingSettings
+from rlloop.config import Settings, TrainingSettings, UserPath
 from rlloop.errors import CheckpointError, ConfigError, RankDied
 from rlloop.events import Events
 from rlloop.ledger import Ledger
 from rlloop.models import resolve_model
 from rlloop.placement import place_trainer
+from rlloop.plugins import check_installed
 from rlloop.rows import load_rows
 from rlloop.run import open_records
 from rlloop.run_directory import RunDirectory
@@ -59,7 +60,7 @@ class SupervisedSettings(TrainingSettings):
     """Rows that one step trains on."""
     max_length: int = Field(512, ge=2)
     """Most tokens of a row; longer ones are left out, and counted."""
-    run_dir: Path = Path("runs/sft")
+    run_dir: UserPath = Path("runs/sft")
     """Where everything that the run writes goes."""
     evaluation: HeldOutSettings = HeldOutSettings()
 
@@ -153,6 +154,7 @@ async def open_supervised_run(settings: SupervisedSettings, marker: str) -> Asyn
     `marker` is that of `rlloop.processes.guard`. Raises RlloopError for anything that the user can mend.
     """
     # First what needs no run directory: a mistake leaves none behind.
+    check_installed("torch", "transformers")
     placement = place_trainer(settings)
     model = str(await to_thread.run_sync(resolve_model, settings.model))
     examples = await to_thread.run_sync(_read, settings, model)

@@ -82,11 +82,19 @@ def test_an_error_before_the_run_begins_does_not_point_to_another_runs_logs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open_run_directory(RunSettings(run_dir=tmp_path / "run")) as directory:
-        (directory.checkpoints / "step_000001").touch()
+        (directory.path / "checkpoints" / "step_000001").touch()
     assert cli.main(["grpo", "--run_dir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert "holds a run already" in error
     assert "logs/" not in error
+
+
+def test_a_directory_that_cannot_be_looked_at_is_explained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_algorithm(monkeypatch, AssertionError("it began"))
+    assert cli.main(["grpo", "--run-dir", str(tmp_path / ("long" * 99))]) == 2
+    assert "expected a directory that can be read and written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])

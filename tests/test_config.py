@@ -87,6 +87,22 @@ def test_a_bad_file_is_refused_by_key(case: str, tmp_path: Path, capsys: pytest.
     assert [part for part in parts if part not in message] == [], message
 
 
+@pytest.mark.parametrize(("name", "text"), [("empty.yaml", "# nothing"), ("list.json", "[1]"), ("null.json", "null")])
+def test_a_file_that_holds_no_table_is_refused(
+    name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(text)
+    message = refused(capsys, "--config", str(tmp_path / name), "--seed", "1")
+    assert f"{name}: expected a table of settings" in message
+
+
+def test_a_home_directory_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    settings, _ = parse(RunSettings, ["--run-dir=~/runs/x", "--init-adapter", "~/adapter"], "rlloop")
+    assert (settings.run_dir, settings.init_adapter) == (Path("/home/somebody/runs/x"), Path("/home/somebody/adapter"))
+    assert "~" not in settings.to_toml()
+
+
 def test_every_error_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, "--group-size", "0", "--optim.lr", "0")
     assert "--group-size" in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import Counter
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from rlloop.engine.fake import FakeEngine
 from rlloop.environment import PromptTooLong
-from rlloop.errors import BadEnvironmentError, EngineError
+from rlloop.errors import BadEnvironmentError, EngineError, first_error
 from rlloop.events import Events
 from rlloop.ledger import Ledger
 from rlloop.loop import Loop, Step
@@ -324,6 +325,27 @@ def test_an_environment_that_fails_now_and_then_does_not_end_the_run(backend: st
     loop, *_ = anyio.run(partial(run, stages, "correct", bound=1, num_steps=30), backend=backend)
     assert loop.dropped["failed"] > 40
     assert len(stages.steps) == 30
+
+
+@pytest.mark.parametrize(
+    ("num_failing", "message"),
+    [
+        (99, "20 groups in a row failed; the last rollout ended with error: boom"),
+        (19, "20 groups in a row failed, 1 of them for too long a prompt; the last rollout ended with error: boom"),
+        (0, "20 prompts in a row left no room for an answer: raise --engine.max-model-len"),
+    ],
+)
+def test_an_environment_that_always_fails_ends_the_run_with_the_reason(num_failing: int, message: str) -> None:
+    def fail(prompt: Prompt) -> Failure:
+        if next(asked) < num_failing:
+            return Failure("error", "rollout", "boom")
+        raise PromptTooLong("too long")
+
+    asked = itertools.count()
+    stages = FakeStages(FakeTrainer(), random.Random(0), fail=fail, seconds=lambda prompt: 0.001)
+    with pytest.raises(ExceptionGroup) as caught:
+        anyio.run(partial(run, stages, "correct", bound=1))
+    assert str(first_error(caught.value)) == message
 
 
 @pytest.mark.parametrize("on_stale", ["correct", "drop"])

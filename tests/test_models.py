@@ -71,6 +71,9 @@ def test_an_adapter_to_begin_with_must_have_the_runs_rank_and_scale(tmp_path: Pa
         check_adapter(tmp_path, LoraSettings())
     config = {"r": 8, "lora_alpha": 16, "use_rslora": False}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"expected a folder with adapter_model\.safetensors, as PEFT saves"):
+        check_adapter(tmp_path, LoraSettings(rank=8, alpha=16.0))
+    (tmp_path / "adapter_model.safetensors").touch()
     check_adapter(tmp_path, LoraSettings(rank=8, alpha=16.0))
     with pytest.raises(ConfigError, match=r"expected lora_alpha 32\.0, got 16; set --lora\.rank and --lora\.alpha"):
         check_adapter(tmp_path, LoraSettings(rank=8, alpha=32.0))
@@ -81,6 +84,19 @@ def test_an_adapter_to_begin_with_must_have_the_runs_rank_and_scale(tmp_path: Pa
     check_adapter(tmp_path, LoraSettings(rank=8, alpha=16.0, targets=("v_proj", "q_proj")))
     with pytest.raises(ConfigError, match=r"expected q_proj, got q_proj, v_proj; set --lora\.targets"):
         check_adapter(tmp_path, LoraSettings(rank=8, alpha=16.0, targets=("q_proj",)))
+
+
+@pytest.mark.parametrize(
+    ("torn", "message"), [('{"r": 8,', "expected JSON: "), ("[]", r"expected a JSON object, got \[\]")]
+)
+def test_files_that_are_torn_are_named(tmp_path: Path, torn: str, message: str) -> None:
+    for name in ("adapter_config.json", "config.json"):
+        (tmp_path / name).write_text(torn)
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ConfigError, match=rf"adapter_config\.json: {message}"):
+        check_adapter(tmp_path, LoraSettings())
+    with pytest.raises(ConfigError, match=rf"/config\.json: {message}"):
+        weight_bytes(tmp_path, "bfloat16")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

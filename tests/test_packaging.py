@@ -34,7 +34,6 @@ LAYERS = (
         "events",
         "models",
         "placement",
-        "testing",
     ),
     ("engine", "trainer", "checkpoint", "run_directory"),
     ("refit",),
@@ -43,7 +42,7 @@ LAYERS = (
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 # Third-party package -> the only folders that may import it.
-CONFINED = {"vllm": {"engine", "refit"}, "megatron": {"trainer", "testing"}, "peft": {"trainer"}}
+CONFINED = {"vllm": {"engine", "refit"}, "megatron": {"trainer"}, "peft": {"trainer"}}
 MAX_LINES = 400
 
 
@@ -117,7 +116,9 @@ def test_imports_point_one_way(name: str) -> None:
             continue
         assert other not in ("algorithms", "envs"), f"{name} imports {imported}; such names are resolved at run time"
         if own == "envs":
-            assert other in ("environment", "plugins", "rows", "types"), f"{name} imports {imported}, which is not for envs"
+            assert other in ("environment", "plugins", "rows", "types"), (
+                f"{name} imports {imported}, which is not for envs"
+            )
         elif own and f"rlloop.{other}" in MODULES:  # and not rlloop.__version__
             assert {own, other} <= ROW.keys(), f"{own} or {other} has no row in LAYERS: add it where it belongs"
             assert ROW[other] <= ROW[own], f"{name} imports {imported}, which lies further down"

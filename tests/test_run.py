@@ -581,7 +581,7 @@ async def test_what_a_resume_has_found_is_said_and_stays(
             directory, *_ = open_records(config.model_copy(update={"resume": True}), stack)
             assert directory.checkpoint is not None
             assert directory.checkpoint.step == step
-            (directory.checkpoints / "step_000006" / "manifest.json").write_text("{")
+            (directory.path / "checkpoints" / "step_000006" / "manifest.json").write_text("{")
         [record] = caplog.records
         assert re.match(message, record.getMessage())
 

@@ -74,12 +74,19 @@ def test_one_whose_start_was_killed_can_be_used_once_more(tmp_path):
     assert not list((tmp_path / "run").glob(".*"))
 
 
+def test_a_broken_count_of_attempts_is_named(tmp_path):
+    run = start(tmp_path)
+    (run.path / "attempt").write_text("one")
+    with pytest.raises(RunDirectoryError, match="attempt: expected the number of the last attempt, got 'one'"):
+        start(tmp_path, resume=True)
+
+
 def test_resume_counts_attempts_and_keeps_what_is_there(tmp_path):
     run = start(tmp_path, num_steps=5)
-    (run.checkpoints / "file").touch()
+    (run.path / "checkpoints" / "file").touch()
     assert start(tmp_path, resume=True, num_steps=9).attempt == 2
     assert start(tmp_path, resume=True, num_steps=9).attempt == 3
-    assert (run.checkpoints / "file").exists()
+    assert (run.path / "checkpoints" / "file").exists()
     config = (run.path / "config.toml").read_text()
     assert "num_steps = 9" in config
     assert "resume = false" in config
@@ -159,7 +166,7 @@ def test_resume_with_an_unreadable_config(tmp_path):
 def test_overwrite_starts_anew(tmp_path):
     run = start(tmp_path, lora={"rank": 8})
     start(tmp_path, resume=True, lora={"rank": 8})
-    (run.checkpoints / "step_000001").mkdir()
+    (run.path / "checkpoints" / "step_000001").mkdir()
     (run.path / "metrics.jsonl").touch()
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -167,7 +174,7 @@ def test_overwrite_starts_anew(tmp_path):
     (run.path / "latest").symlink_to(outside)
     run = start(tmp_path, overwrite=True)
     assert run.attempt == 1
-    assert not list(run.checkpoints.iterdir())
+    assert not list((run.path / "checkpoints").iterdir())
     assert sorted(entry.name for entry in run.path.iterdir() if entry.is_file()) == ["attempt", "config.toml"]
     assert (outside / "file").exists()
 
@@ -198,7 +205,7 @@ def test_where_no_directory_can_be_is_said(tmp_path):
 @pytest.mark.parametrize("setting", ["init_adapter", "model"])
 def test_what_a_run_begins_with_is_not_deleted(tmp_path, setting):
     run = start(tmp_path)
-    adapter = run.checkpoints / "step_000001" / "adapter"
+    adapter = run.path / "checkpoints" / "step_000001" / "adapter"
     adapter.mkdir(parents=True)
     (run.path / "latest").symlink_to("checkpoints/step_000001")
     with pytest.raises(RunDirectoryError, match=f"--overwrite would delete --{setting.replace('_', '-')} .*latest"):

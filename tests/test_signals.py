@@ -1,5 +1,7 @@
 """Signals go to a child process: pytest has handlers of its own."""
 
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -82,6 +84,20 @@ def test_the_second_signal_ends_a_process_whose_event_loop_is_kept_busy(anyio_ba
         assert child.poll() is None
         child.send_signal(signal.SIGTERM)
         assert child.wait(timeout=20) == 143
+
+
+def test_the_second_signal_shows_a_terminals_cursor() -> None:
+    terminal, child_end = pty.openpty()
+    program = PROGRAM.format(backend="asyncio", cleanup=600, fails=False)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=child_end) as child:
+        os.close(child_end)
+        assert os.read(terminal, 99).startswith(b"ready")
+        child.send_signal(signal.SIGTERM)
+        time.sleep(2.1)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=20) == 143
+    assert os.read(terminal, 99).endswith(b"\x1b[?25h")
+    os.close(terminal)
 
 
 def test_signals_that_come_at_once_are_one_stop(anyio_backend: str) -> None:

@@ -103,7 +103,7 @@ class Trainer(Protocol):
         ...
 
     async def remove_adapter(self, name: str) -> None:
-        """Forget an adapter and its optimizer."""
+        """Forget an adapter and its optimizer, if it is there."""
         ...
 
     async def forward_backward(self, name: str, samples: Sequence[Sample], loss: Loss) -> Metrics:

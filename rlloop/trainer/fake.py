@@ -37,7 +37,7 @@ class FakeTrainer:
 
     async def remove_adapter(self, name: str) -> None:
         """See `Trainer.remove_adapter`."""
-        del self.steps[name]
+        self.steps.pop(name, None)
 
     async def forward_backward(self, name: str, samples: Sequence[Sample], loss: Loss) -> Metrics:
         """See `Trainer.forward_backward`; `loss` is not called."""

@@ -164,7 +164,8 @@ class PeftRank:
 
     def remove_adapter(self, name: str) -> None:
         """PEFT keeps its layers, without this adapter."""
-        self._get(name)
+        if name not in self._adapters:
+            return
         assert self._peft is not None
         others = [other for other in self._adapters if other != name]
         if others:

@@ -518,7 +518,8 @@ def updates(
             logprobs = np.concatenate(await trainer.logprobs("policy", samples))
             values = np.concatenate(await trainer.values("critic", samples))
             await trainer.save("critic", folder)
-            await trainer.remove_adapter("critic")
+            for _ in range(2):  # one that is not there may be removed, too
+                await trainer.remove_adapter("critic")
             await trainer.create_adapter("critic", OTHER, "value")
             await trainer.load("critic", folder)
             found.append(Update(metrics, logprobs, values, np.concatenate(await trainer.values("critic", samples))))

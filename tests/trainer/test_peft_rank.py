@@ -363,7 +363,8 @@ def test_adapters_do_not_touch_each_other(models: dict[str, str], rank: PeftRank
             each.optim_step("policy", ADAM)
         rank.optim_step("other", replace(ADAM, lr=0.1))
     assert_equal(weights(rank), weights(alone))
-    rank.remove_adapter("other")
+    for _ in range(2):  # one that is not there may be removed, too
+        rank.remove_adapter("other")
     np.testing.assert_array_equal(
         np.concatenate(rank.logprobs("policy", samples)), np.concatenate(alone.logprobs("policy", samples))
     )

@@ -107,7 +107,7 @@ def start_groups(settings: MegatronSettings, rank: int, num_ranks: int, address:
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
     else:
-        from rlloop.testing.cuda_on_cpu import install
+        from rlloop.trainer.megatron.cuda_on_cpu import install
 
         install()
     dist.init_process_group(

@@ -110,8 +110,9 @@ class MegatronRank:
         self._trace.flush()
 
     def remove_adapter(self, name: str) -> None:
-        """Forget an adapter and its optimizer."""
-        self._get(name)
+        """Forget an adapter and its optimizer, if it is there."""
+        if name not in self._adapters:
+            return
         if self._active == name:
             self._activate(None)
         del self._adapters[name]

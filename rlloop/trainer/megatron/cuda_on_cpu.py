@@ -1,6 +1,7 @@
 """A stand-in for the CUDA calls that Megatron makes, so that it runs on a CPU with gloo.
 
-`install()` comes before the first model is built. It is process-wide, and `torch.cuda.is_available()` stays False.
+`install()` comes before the first model is built, and never where there is a GPU. It is process-wide, and
+`torch.cuda.is_available()` stays False.
 """
 
 from __future__ import annotations
