@@ -147,13 +147,18 @@ def _commit(temporary: Path, folder: Path) -> None:
         raise CheckpointError(f"what was written reads back differently: {error}") from error
 
 
-def _supersede(root: Path, folder: Path, keep: int) -> None:
-    """Point `latest` to the folder; delete older ones, and broken ones of later steps that a resume has passed over."""
+def point_to(root: Path, folder: Path) -> None:
+    """Make this checkpoint the run directory's `latest`."""
     link = root / ".latest.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(folder.relative_to(root))
     link.replace(root / "latest")
     _sync(root)
+
+
+def _supersede(root: Path, folder: Path, keep: int) -> None:
+    """Point `latest` to the folder; delete older ones, and broken ones of later steps that a resume has passed over."""
+    point_to(root, folder)
     steps = _steps(root)
     step = next(step for step, path in steps.items() if path == folder)
     kept = sorted(other for other in steps if other <= step)[-keep:]

@@ -23,13 +23,13 @@ FLUSH_LINES = 1024
 class Events:
     """Spans of one process. For the event loop's thread only; nothing here waits or raises but for a bug.
 
-    Lines are buffered: call `flush` once per optimizer step. A full disk costs lines, not the run. `path` None writes nothing.
+    Lines are buffered: call `flush` once per optimizer step. A full disk does not end the run. `path` None writes nothing.
     """
 
     def __init__(self, path: Path | None, *, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
         self.path = path
-        self._file = jsonl.open_append(path) if path else None
+        self._file = jsonl.Lines(path) if path else None
         self._lines: list[bytes] = []
         self._isolated = Isolated("events.jsonl")
 
@@ -70,13 +70,14 @@ class Events:
         lines, self._lines = self._lines, []
         if self._file and lines:
             with self._isolated:
-                jsonl.append(self._file, b"".join(lines))
+                self._file.append(b"".join(lines))
 
     def close(self) -> None:
         """Flush, and close the file."""
         self.flush()
         if self._file:
-            self._file.close()
+            with self._isolated:
+                self._file.close()
             self._file = None
 
 

@@ -23,7 +23,15 @@ from rlloop.checkpoint import Checkpoint, write_checkpoint
 from rlloop.config import RunSettings, TrainingSettings
 from rlloop.engine import Engine
 from rlloop.environment import Environment, PromptTooLong, load_environment
-from rlloop.errors import BadEnvironmentError, CheckpointError, ConfigError, RankDied, TornUpdate, first_error
+from rlloop.errors import (
+    BadEnvironmentError,
+    CheckpointError,
+    ConfigError,
+    RankDied,
+    RunDirectoryError,
+    TornUpdate,
+    first_error,
+)
 from rlloop.evaluation import Evaluation
 from rlloop.events import Events
 from rlloop.failures import FailureLog
@@ -110,7 +118,7 @@ class Run:
                     try:
                         await self._save_unless_torn(end)
                     # The trainer may be what died; the first error is the one to raise.
-                    except (CheckpointError, RankDied, TornUpdate) as error:
+                    except (CheckpointError, RankDied, RunDirectoryError, TornUpdate) as error:
                         logger.error("what came after step %d is lost: %s", self._saved, error)
                 raise
 
@@ -158,6 +166,7 @@ class Run:
 
     def finish_step(self, step: Step) -> None:
         """See `Stages.finish_step`."""
+        self.directory.check()
         self.tracker.completions(step.number, completion_rows(step, self.tokenizer))
         self.tracker.log(step.number, self._metrics.of(step, self._checkpoint_seconds))
         self.events.flush()
@@ -203,6 +212,7 @@ class Run:
         version = self.loop.version
         if version == self._saved:
             return
+        self.directory.check()
         meta = {
             "policy_version": version,
             "attempt": self.directory.attempt,

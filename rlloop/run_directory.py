@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from rlloop.checkpoint import Checkpoint, newest_checkpoint
+from rlloop.checkpoint import Checkpoint, newest_checkpoint, point_to
 from rlloop.config import TrainingSettings
 from rlloop.errors import RunDirectoryError
 from rlloop.tracking import wandb
@@ -53,6 +53,17 @@ class RunDirectory:
     checkpoint: Checkpoint | None
     """From which a resumed run goes on."""
     _lock: IO[str]
+
+    def check(self) -> None:
+        """Before something is written: raises RunDirectoryError when the path leads elsewhere by now, maybe to another run's."""
+        try:
+            is_here = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ATTEMPT))
+        except FileNotFoundError:
+            is_here = False
+        if not is_here:
+            raise RunDirectoryError(
+                f"--run-dir {self.path} was deleted or replaced while the run used it, so the run ends"
+            )
 
     def close(self) -> None:
         """Let others use the directory."""
@@ -93,13 +104,14 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
             if settings.resume:
                 checkpoint = newest_checkpoint(path)
                 _check_settings(path, settings, checkpoint.step if checkpoint else 0)
+                if checkpoint is not None:
+                    point_to(path, checkpoint.folder)  # a run may have been killed before it did so
             else:
                 (path / wandb.RUN_ID).unlink(missing_ok=True)  # of a start that failed
-            attempt = 1 if settings.overwrite else _attempts(lock) + 1
+            attempt = 1 if settings.overwrite else _attempts(path, lock.read()) + 1
             lock.seek(0)
+            lock.write(f"{attempt}\n")  # first, so that the file is never empty
             lock.truncate()
-            lock.write(f"{attempt}\n")
-            lock.flush()
             _write_config(path, config)
             for folder in ("logs", "completions", "checkpoints"):
                 (path / folder).mkdir(exist_ok=True)
@@ -111,12 +123,11 @@ def open_run_directory(settings: TrainingSettings) -> RunDirectory:
     return RunDirectory(path, attempt, hashlib.sha256(config).hexdigest(), checkpoint, lock)
 
 
-def _attempts(file: IO[str]) -> int:
-    text = file.read()
+def _attempts(path: Path, text: str) -> int:
     try:
         return int(text or 0)
     except ValueError as error:
-        raise RunDirectoryError(f"{file.name}: expected the number of the last attempt, got {text!r}") from error
+        raise RunDirectoryError(f"{path / ATTEMPT}: expected the number of the last attempt, got {text!r}") from error
 
 
 def _check(path: Path, settings: TrainingSettings) -> None:
@@ -157,8 +168,7 @@ def _has_steps(path: Path) -> bool:
 
 
 def _lock(path: Path) -> IO[str]:
-    file = (path / ATTEMPT).open("a+")
-    file.seek(0)
+    file = os.fdopen(os.open(path / ATTEMPT, os.O_RDWR | os.O_CREAT, 0o666), "r+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

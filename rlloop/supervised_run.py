@@ -17,7 +17,7 @@ from rlloop.adapters import POLICY, create_adapters
 from rlloop.backend import load_tokenizer, open_trainer
 from rlloop.checkpoint import write_checkpoint
 from rlloop.config import Settings, TrainingSettings, UserPath
-from rlloop.errors import CheckpointError, ConfigError, RankDied
+from rlloop.errors import CheckpointError, ConfigError, RankDied, RunDirectoryError
 from rlloop.events import Events
 from rlloop.ledger import Ledger
 from rlloop.models import resolve_model
@@ -99,7 +99,7 @@ class SupervisedRun:
                 try:
                     await self._save()
                 # The trainer may be what died; the first error is the one to raise.
-                except (CheckpointError, RankDied) as error:
+                except (CheckpointError, RankDied, RunDirectoryError) as error:
                     logger.error("what came after step %d is lost: %s", self._saved, error)
             raise
 
@@ -115,6 +115,7 @@ class SupervisedRun:
         times = {"time/step": seconds, "time/checkpoint": self._checkpoint_seconds}
         num_rows = self.ledger.counts["trained"]
         progress = {"progress/prompts": float(num_rows), "progress/epoch": num_rows / len(self.examples)}
+        self.directory.check()
         self.tracker.log(self.step, {**metrics, **times, **self.totals, **progress})
         self.events.flush()
         self._checkpoint_seconds = 0.0
@@ -131,6 +132,7 @@ class SupervisedRun:
     async def _save(self) -> None:
         if self.step == self._saved:
             return
+        self.directory.check()
         started = monotonic()
         meta = {
             "policy_version": self.step,

@@ -608,6 +608,28 @@ async def test_a_refit_with_room_for_one_version_waits_for_rollouts_and_not_for_
 
 
 @pytest.mark.anyio
+async def test_a_run_whose_directory_is_replaced_ends_and_leaves_the_other_alone(
+    tmp_path: Path, anyio_backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def replacing(trainer: Any, groups: list[Group]) -> Metrics:
+        if trainer.steps[POLICY] == 2:
+            config.run_dir.rename(tmp_path / "gone")
+            with open_run_directory(config):  # another run's
+                pass
+        return await update(trainer, groups)
+
+    config = make_settings(tmp_path / "run", checkpoint={"every": 1})
+    async with open_fake_run(config) as fake:
+        with pytest.raises(ExceptionGroup) as caught:
+            await fake.train(replacing)
+    assert isinstance(first_error(caught.value), RunDirectoryError)
+    assert "what came after step 2 is lost" in caplog.text
+    assert [line["step"] for line in jsonl.read(tmp_path / "gone" / "metrics.jsonl")] == [1, 2]
+    assert not list((config.run_dir / "checkpoints").iterdir())
+    assert not (config.run_dir / "latest").exists()
+
+
+@pytest.mark.anyio
 async def test_an_engine_that_dies_leaves_a_checkpoint_of_the_last_step(tmp_path: Path, anyio_backend: str) -> None:
     config = make_settings(tmp_path / "run", checkpoint={"every": 1000})
     async with open_fake_run(config) as fake:

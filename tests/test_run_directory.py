@@ -1,11 +1,14 @@
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
+from rlloop.checkpoint import write_checkpoint
 from rlloop.config import RunSettings
 from rlloop.errors import RunDirectoryError
 from rlloop.flags import parse
@@ -72,6 +75,40 @@ def test_one_whose_start_was_killed_can_be_used_once_more(tmp_path):
     (tmp_path / "run" / ".config.toml.tmp").write_text("seed = ")
     assert start(tmp_path).attempt == 2
     assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_resume_mends_latest(tmp_path):
+    """A run may have been killed between a checkpoint and that."""
+
+    async def save(folder: Path) -> None:
+        (folder / "weights").write_text("w")
+
+    run = start(tmp_path)
+    for step in (1, 2):
+        anyio.run(write_checkpoint, run.path, step, save, {}, {})
+    (run.path / "latest").unlink()
+    (run.path / "latest").symlink_to("checkpoints/step_000001")
+    assert start(tmp_path, resume=True).checkpoint.step == 2
+    assert os.readlink(run.path / "latest") == "checkpoints/step_000002"
+
+
+def test_a_directory_that_was_replaced_is_noticed(tmp_path):
+    with open_run_directory(RunSettings(run_dir=tmp_path / "run")) as run:
+        run.check()
+        (tmp_path / "run").rename(tmp_path / "gone")
+        for _ in range(2):
+            with pytest.raises(RunDirectoryError, match="run was deleted or replaced while the run used it"):
+                run.check()
+            if not (tmp_path / "run").exists():
+                start(tmp_path)  # another run's
+        assert (tmp_path / "run" / "attempt").exists()
+
+
+def test_attempts_are_counted_past_nine_and_from_one_again(tmp_path):
+    for attempt in range(1, 12):
+        assert start(tmp_path).attempt == attempt
+    run = start(tmp_path, overwrite=True)
+    assert (run.attempt, (run.path / "attempt").read_text()) == (1, "1\n")
 
 
 def test_a_broken_count_of_attempts_is_named(tmp_path):

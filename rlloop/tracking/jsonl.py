@@ -22,27 +22,33 @@ def encode(record: Mapping[str, Any]) -> bytes:
     return line.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate becomes its JSON escape
 
 
-def open_append(path: Path) -> BinaryIO:
-    """Unbuffered and in append mode, so that the lines of one `append` stay together whoever else appends.
+class Lines:
+    """A file to append lines to. Each `append` is one system call, so they stay together whoever else appends; what a full disk
+    does not take is kept, and comes with the next."""
 
-    A line that a killed process left half written is ended, and thereby kept from swallowing the next one.
-    """
-    file = open(path, "ab", buffering=0)  # noqa: SIM115 - the caller closes it
-    with _locked(file, fcntl.LOCK_EX):  # or it might see the half of a line that another is writing
-        if file.tell():
-            with open(path, "rb") as existing:
-                existing.seek(-1, 2)
-                if existing.read(1) != b"\n":
-                    file.write(b"\n")
-    return file
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = open(path, "ab", buffering=0)  # noqa: SIM115 - `close` closes it
+        self._rest = memoryview(b"")
+        with _locked(self._file, fcntl.LOCK_EX):  # or it might see the half of a line that another is writing
+            if self._file.tell():
+                with open(path, "rb") as existing:
+                    existing.seek(-1, 2)
+                    if existing.read(1) != b"\n":  # of a killed process, and would swallow the next line
+                        self._file.write(b"\n")
 
+    def append(self, lines: bytes) -> None:
+        """Raises OSError when the disk is full."""
+        self._rest = memoryview(bytes(self._rest) + lines)
+        with _locked(self._file, fcntl.LOCK_SH):
+            while self._rest:
+                self._rest = self._rest[self._file.write(self._rest) :]
 
-def append(file: BinaryIO, lines: bytes) -> None:
-    """Write whole lines with one system call (more only where the disk takes less than it was given)."""
-    rest = memoryview(lines)
-    with _locked(file, fcntl.LOCK_SH):
-        while rest:
-            rest = rest[file.write(rest) :]
+    def close(self) -> None:
+        """What is kept gets a last chance."""
+        try:
+            self.append(b"")
+        finally:
+            self._file.close()
 
 
 @contextmanager

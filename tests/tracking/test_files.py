@@ -1,11 +1,15 @@
 import json
 import math
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rlloop.tracking import jsonl
 from rlloop.tracking.files import Files, read_metrics
 
 
@@ -78,4 +82,42 @@ def test_evaluations_have_a_file_of_their_own(tmp_path: Path):
     assert (record["policy_version"], record["attempt"], record["eval/reward_mean"]) == (4, 2, 0.5)
     assert record["eval/reward_stderr"] == "NaN"
     assert [line["step"] for line in read_metrics(tmp_path)] == [7]
+    files.close()
+
+
+@contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """As on a disk that becomes full within a line, for files of this process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_line(tmp_path: Path) -> None:
+    files = Files(tmp_path, attempt=1)
+    files.log(1, {"loss": 1.0})
+    with room_for((tmp_path / "metrics.jsonl").stat().st_size + 10):
+        for step in (2, 3):
+            with pytest.raises(OSError, match="too large"):
+                files.log(step, {"loss": float(step)})
+    files.log(4, {"loss": 4.0})
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(n, float(n)) for n in (1, 2, 3, 4)]
+    with room_for(10), pytest.raises(OSError, match="too large"):
+        files.evaluation(4, {"eval/reward": 0.5})
+    files.close()
+    assert [line["policy_version"] for line in jsonl.read(tmp_path / "evaluations.jsonl")] == [4]
+
+
+def test_completions_are_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    files = Files(tmp_path, attempt=1)
+    files.completions(1, [{"text": "one"}])
+    with room_for(10):
+        for step in (1, 2):
+            with pytest.raises(OSError, match="too large"):
+                files.completions(step, [{"text": "another"}])
+    assert "one" in (tmp_path / "completions" / "step_000001.jsonl").read_text()
+    assert not (tmp_path / "completions" / "step_000002.jsonl").exists()
     files.close()
