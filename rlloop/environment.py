@@ -247,6 +247,8 @@ def load_environment(name: str, args: Mapping[str, Any]) -> Environment:
         environment = make(**args)
         missing = [m for m in ("__len__", "task", "rollout", "score") if not callable(getattr(environment, m, None))]
         num_tasks = 0 if missing else len(environment)
+    except ConfigError as error:
+        raise BadEnvironmentError(f"environment {name} cannot be built: {error}") from error
     except Exception as error:
         raise BadEnvironmentError(f"environment {name} cannot be built: {type(error).__name__}: {error}") from error
     if missing:

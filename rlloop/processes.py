@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Set
@@ -58,6 +60,20 @@ def guard(grace: float = 1.0) -> Iterator[str]:
         guardian.wait()
         if survivors:
             logging.getLogger(__name__).error("processes %s of this run could not be killed", sorted(survivors))
+
+
+def end_with_parent() -> None:
+    """For a process that multiprocessing has spawned: end it when the one that did so has ended, maybe with its guardian,
+    as by `pkill -9 -f rlloop`."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_after, args=(parent.sentinel,), name="end_with_parent", daemon=True).start()
+
+
+def _end_after(sentinel: int) -> None:
+    from multiprocessing.connection import wait  # the guardian, which this file is, too, needs none
+
+    wait([sentinel])
+    os._exit(1)
 
 
 def shared_memory_prefix(marker: str) -> str:

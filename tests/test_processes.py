@@ -239,6 +239,26 @@ def test_the_end_of_a_terminal_does_not_end_who_removes_what_others_leave_behind
     assert int(run.stdout, 16) & (1 << (signal.SIGHUP - 1))
 
 
+def test_a_spawned_process_ends_with_its_parent_also_without_a_guardian(tmp_path):
+    program = """
+import multiprocessing, time
+from rlloop.processes import end_with_parent
+
+def stay():
+    end_with_parent()
+    print(multiprocessing.process.current_process().pid, flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=stay).start()
+"""
+    (tmp_path / "parent.py").write_text(program)
+    with subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True) as parent:
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        child.wait(timeout=20)
+
+
 def test_blocked_signals_restores_the_mask():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with blocked_signals(signal.SIGUSR1):

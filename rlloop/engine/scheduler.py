@@ -19,6 +19,7 @@ import numpy as np
 
 from rlloop.engine import vllm_compat
 from rlloop.engine.tally import Tally
+from rlloop.processes import end_with_parent
 
 SCHEDULER = f"{__name__}.make_scheduler"
 OUTPUTS_AT_THE_END = "outputs_at_the_end"
@@ -37,6 +38,7 @@ def make_scheduler(vllm_config: Any, **arguments: Any) -> Any:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
+    end_with_parent()  # here, for vLLM calls this in the engine's process, whose workers end with it
     base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     scheduler: Any = type(base.__name__, (LeanScheduler, base), {})(vllm_config=vllm_config, **arguments)
     scheduler.tally = Tally(os.environ[TALLY])
