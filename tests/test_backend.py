@@ -119,6 +119,7 @@ def test_a_run_begins_with_the_weights_of_an_adapter(environment: str, tmp_path:
     adapter = tmp_path / "sft" / "adapter"
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text(json.dumps({"r": 16, "lora_alpha": 32}))
+    (adapter / "adapter_model.safetensors").touch()
     engine, trainer = FakeEngine(), Trainer()
     backend = Backend(RunSettings(), engine, trainer, Tokenizer())
     config = ppo.Config(
